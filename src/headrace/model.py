@@ -1,4 +1,4 @@
-"""Frozen values that cross the wire or the layers. No logic beyond parsing and JSON; imports nothing of Headrace but errors."""
+"""Frozen values that cross the wire or the layers. No logic beyond parsing and JSON; imports only errors and show."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from headrace.errors import BadData, BadRef, TooNew
+from headrace.show import Shown
 
 WIRE = 1
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
@@ -96,7 +97,7 @@ class RowError:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Shown):
     """The durable answer to an upload; ``duplicate`` says that the idempotency key had already been used for this body."""
 
     receipt: str
@@ -111,7 +112,7 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
+class Dataset(Shown):
     """A named table of records; ``version`` is its latest, or None before the first."""
 
     name: str
@@ -141,7 +142,7 @@ class StepCount:
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class Version(Shown):
     """One immutable version. ``schema`` lists name and Arrow type; ``block_rows`` is the feed's shuffle block."""
 
     dataset: str
@@ -206,8 +207,11 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One execution of a recipe. ``status`` is queued, running, succeeded, failed or cancelled."""
+class Run(Shown):
+    """One execution of a recipe. ``status`` is queued, running, succeeded, failed or cancelled.
+
+    A failed one says why in ``error``, ``hint`` and ``error_code`` (a code of ``errors.py``).
+    """
 
     id: str
     dataset: str
@@ -227,11 +231,12 @@ class Run:
     stage: str = ""
     error: str | None = None
     hint: str | None = None
+    error_code: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Quarantined:
-    """One dropped or refused record: which rule, on which value, and the record itself as JSON text."""
+class Quarantined(Shown):
+    """One dropped, refused or merged record: the rule, the value, the record as JSON; ``kept`` is a merged one's twin."""
 
     id: str
     run: str
@@ -242,11 +247,12 @@ class Quarantined:
     record: str
     field: str | None = None
     value: str | None = None
+    kept: str | None = None
     source: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Diff:
+class Diff(Shown):
     """Records added, removed and changed between two versions, matched by ``_id``; the id lists are samples."""
 
     base: str
