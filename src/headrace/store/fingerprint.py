@@ -1,7 +1,8 @@
-"""The content hash of a version: sha256 over the typed user columns in row order, whatever files and batches carry them.
+"""The content hash of a version: sha256 over the typed user columns in row order, whatever files carry them.
 
-``Fingerprint(schema=None)`` · ``.update(batch)`` · ``.rows -> int`` · ``.tail -> int`` · ``.digest() -> str`` (64 hex) ·
-``.state() -> dict`` (JSON) · ``Fingerprint.resume(state, tail_batches) -> Fingerprint`` · ``fingerprint_of(batches, schema=None) -> str``
+``Fingerprint(schema=None)`` · ``.update(batch)`` · ``.rows`` · ``.tail`` (ints) · ``.digest() -> str`` (64 hex) ·
+``.add_columns(schema)`` · ``.state() -> dict`` (JSON) · ``Fingerprint.resume(state, tail_batches) -> Fingerprint`` ·
+``fingerprint_of(batches, schema=None) -> str``
 
 Rows are cut by position into blocks of BLOCK_ROWS. Per column, a block has a digest over canonical streams (validity,
 lengths, values), and a chain: chain = sha256(chain || block digest). The last, partial block is hashed when asked.
@@ -95,7 +96,11 @@ def _parts(array: Any) -> list[Any]:
 
 def _text(array: Any, lengths: Any) -> Iterator[Any]:
     """Feed the lengths in bytes, and give the bytes of the values that are not null."""
-    offsets = np.frombuffer(array.buffers()[1], np.int32, len(array) + 1, array.offset * 4) if len(array) else np.zeros(1, np.int32)
+    offsets = (
+        np.frombuffer(array.buffers()[1], np.int32, len(array) + 1, array.offset * 4)
+        if len(array)
+        else np.zeros(1, np.int32)
+    )
     sizes = np.diff(offsets).astype("<i8")
     if array.null_count:
         sizes[array.is_null().to_numpy(zero_copy_only=False)] = 0
@@ -114,7 +119,11 @@ def _fixed(array: Any) -> Any:
     if pa.types.is_boolean(kind):
         return pc.fill_null(array, False).to_numpy(zero_copy_only=False).view(np.uint8)
     width = kind.bit_width // 8
-    values = np.frombuffer(array.buffers()[1], np.uint8, len(array) * width, array.offset * width) if len(array) else np.zeros(0, np.uint8)
+    values = (
+        np.frombuffer(array.buffers()[1], np.uint8, len(array) * width, array.offset * width)
+        if len(array)
+        else np.zeros(0, np.uint8)
+    )
     if pa.types.is_floating(kind):
         numbers = values.view(f"<f{width}")
         wrong = np.isnan(numbers)
@@ -164,7 +173,8 @@ class Fingerprint:
                 self._columns[field.name] = self._nulls(field.type)
                 self._schema = self._schema.append(field)
             elif known.kind != field.type:
-                raise BadData(f"column {field.name!r} is {type_text(known.kind)} in the rows before and {type_text(field.type)} now")
+                was, now = type_text(known.kind), type_text(field.type)
+                raise BadData(f"column {field.name!r} is {was} in the rows before and {now} now")
 
     def _nulls(self, kind: pa.DataType) -> _Column:
         column = _Column(kind)
@@ -198,7 +208,7 @@ class Fingerprint:
                     column.close_block()
 
     def digest(self) -> str:
-        """The content hash in hex: names, types and values of all user columns, in schema order, and the number of rows."""
+        """The content hash in hex: names, types and values of all user columns in schema order, and the row count."""
         whole = hashlib.sha256(_DOMAIN + self.rows.to_bytes(8, "little"))
         for name, column in self._columns.items():
             chain = column.chain
@@ -214,7 +224,7 @@ class Fingerprint:
 
     @classmethod
     def resume(cls, state: Mapping[str, Any], tail_batches: Iterable[pa.RecordBatch]) -> Fingerprint:
-        """Go on from ``state``; ``tail_batches`` hold the last ``rows % BLOCK_ROWS`` rows. Raises BadData if they do not."""
+        """Go on from ``state``; ``tail_batches`` hold the last ``rows % BLOCK_ROWS`` rows, else BadData is raised."""
         if state.get("format") != 1:
             raise BadData("the state of a fingerprint has an unknown format", hint="compute the fingerprint anew")
         made = cls()
@@ -226,7 +236,9 @@ class Fingerprint:
         for batch in tail_batches:
             made.update(batch)
         if made.rows != int(state["rows"]):
-            raise BadData(f"the fingerprint needs the last {int(state['rows']) % BLOCK_ROWS} rows again, not {made.tail}")
+            raise BadData(
+                f"the fingerprint needs the last {int(state['rows']) % BLOCK_ROWS} rows again, not {made.tail}"
+            )
         return made
 
 

@@ -4,7 +4,7 @@
 ``read_batches(paths, schema=None, columns=None, batch_rows=None, skip=0, limit=None) -> Iterator[RecordBatch]``
 ``file_rows(path) -> int`` · ``file_schema(path) -> Schema`` (stored types, with the true ones in field metadata)
 
-``schema`` is a stored one (``types.to_stored``). Batches given in true types are widened on the way; missing columns are null.
+``schema`` is a stored one (``types.to_stored``). Batches in true types are widened on the way; missing columns are null.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def _options(schema: pa.Schema) -> dict[str, Any]:
         "version": "2.6",
         "compression": "zstd",
         "compression_level": 1,
-        "use_dictionary": [field.name for field in schema if field.name not in UNIQUE_COLUMNS and not pa.types.is_nested(field.type)],
+        "use_dictionary": [
+            field.name for field in schema if field.name not in UNIQUE_COLUMNS and not pa.types.is_nested(field.type)
+        ],
         "write_statistics": [field.name for field in schema if _measurable(field.type)],
         "data_page_version": "1.0",
         "write_page_index": False,
@@ -109,7 +111,7 @@ def _options(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _measurable(kind: pa.DataType) -> bool:
-    return pa.types.is_primitive(kind)
+    return bool(pa.types.is_primitive(kind))
 
 
 def _groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema, rows_max: int) -> Iterator[pa.Table]:
@@ -162,7 +164,9 @@ def _open(path: Path | str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except pa.ArrowException as error:
-        raise Damaged(f"{Path(path).name} is not a readable Parquet file: {error}", hint="restore the file from a backup") from None
+        raise Damaged(
+            f"{Path(path).name} is not a readable Parquet file: {error}", hint="restore the file from a backup"
+        ) from None
 
 
 def file_rows(path: Path | str) -> int:
@@ -185,10 +189,10 @@ def read_batches(
     skip: int = 0,
     limit: int | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of ``paths`` in order, in the stored types of ``schema`` (default: each file's own), at most one row group held.
+    """The rows of ``paths`` in order, in the stored types of ``schema`` (default: each file's own).
 
-    ``columns`` selects and orders; what a file lacks is null. ``skip`` and ``limit`` count rows over all paths; files and
-    row groups outside are not decoded. Raises Damaged for a file that cannot be read.
+    ``columns`` selects and orders; what a file lacks is null. ``skip`` and ``limit`` count rows over all paths; files
+    and row groups outside are not decoded, and at most one row group is held. Raises Damaged for a file that cannot be read.
     """
     left = limit
     for path in paths:

@@ -1,4 +1,4 @@
-"""Arrow types at rest. Delta has no unsigned, half or fixed-size types: they are widened, and the true type is kept aside.
+"""Arrow types at rest. Delta has no unsigned, half or fixed-size types: these are widened, the true type kept aside.
 
 ``to_stored(schema) -> Schema`` · ``cast_to_stored(batch) -> RecordBatch`` · ``true_schema(stored) -> Schema`` ·
 ``narrow(batch, schema) -> RecordBatch`` (missing columns become null) · ``logical(schema) -> Schema`` ·
@@ -45,7 +45,18 @@ _WIDER = {
     pa.time64("ns"): pa.int64(),
 }
 _SAME = frozenset(
-    [pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.bool_(), pa.string(), pa.binary(), pa.date32()]
+    [
+        pa.int8(),
+        pa.int16(),
+        pa.int32(),
+        pa.int64(),
+        pa.float32(),
+        pa.float64(),
+        pa.bool_(),
+        pa.string(),
+        pa.binary(),
+        pa.date32(),
+    ]
 )
 
 
@@ -95,7 +106,10 @@ def _stored(kind: pa.DataType) -> pa.DataType:
         return kind
     if kind in _WIDER:
         return _WIDER[kind]
-    raise BadData(f"columns of type {type_text(kind)} cannot be stored", hint="cast the column first, as int64, string or decimal128")
+    raise BadData(
+        f"columns of type {type_text(kind)} cannot be stored",
+        hint="cast the column first, as int64, string or decimal128",
+    )
 
 
 def _check_names(names: list[str]) -> None:
@@ -103,11 +117,16 @@ def _check_names(names: list[str]) -> None:
     for name in names:
         if seen.setdefault(name.lower(), name) != name or not name:
             raise BadData(
-                f"the column names {seen[name.lower()]!r} and {name!r} differ in case only" if name else "a column has an empty name",
+                f"the column names {seen[name.lower()]!r} and {name!r} differ in case only"
+                if name
+                else "a column has an empty name",
                 hint="rename one of them; names are compared without case at rest",
             )
     if not names or len(seen) < len(names):
-        raise BadData("a column name is given twice" if names else "a table or struct has no columns", hint="every column needs its own name")
+        raise BadData(
+            "a column name is given twice" if names else "a table or struct has no columns",
+            hint="every column needs its own name",
+        )
 
 
 def _encode_type(kind: pa.DataType) -> bytes:
@@ -130,7 +149,9 @@ def to_stored(schema: pa.Schema) -> pa.Schema:
             kind = _stored(field.type)
         except BadData as error:
             raise BadData(f"column {field.name!r}: {error.message}", hint=error.hint) from None
-        fields.append(pa.field(field.name, kind, metadata=None if kind == field.type else {TYPE_KEY: _encode_type(field.type)}))
+        fields.append(
+            pa.field(field.name, kind, metadata=None if kind == field.type else {TYPE_KEY: _encode_type(field.type)})
+        )
     return pa.schema(fields)
 
 
@@ -139,7 +160,9 @@ def true_schema(schema: pa.Schema) -> pa.Schema:
     fields = []
     for field in schema:
         kept = (field.metadata or {}).get(TYPE_KEY)
-        fields.append(field if kept is None else pa.field(field.name, decode_schema(kept.decode("ascii")).field(0).type))
+        fields.append(
+            field if kept is None else pa.field(field.name, decode_schema(kept.decode("ascii")).field(0).type)
+        )
     return logical(pa.schema(fields))
 
 
@@ -157,7 +180,7 @@ def decode_schema(text: str) -> pa.Schema:
 
 
 def type_text(kind: pa.DataType) -> str:
-    """A logical type as text, such as ``list<uint16>``: independent of encodings, nullability and names of list items."""
+    """A logical type as text, such as ``list<uint16>``, whatever encoding, nullability and names of list items."""
     kind = _logical(kind)
     if pa.types.is_fixed_size_list(kind):
         return f"fixed_size_list<{type_text(kind.value_type)}>[{kind.list_size}]"
@@ -209,7 +232,7 @@ def _mask(array: Any) -> pa.Array | None:
 
 
 def _convert(array: Any, kind: pa.DataType) -> pa.Array:
-    """Cast one array, values unchanged, whatever its encoding, offset and nulls; children under null parents are dropped."""
+    """Cast one array, values unchanged, whatever its encoding, offset and nulls; children of null parents go."""
     source = array.type
     if isinstance(source, pa.BaseExtensionType):
         return _convert(array.storage, kind)
@@ -255,15 +278,22 @@ def _struct(array: Any, kind: pa.StructType) -> pa.Array:
 
 
 def _map(array: Any, kind: pa.MapType) -> pa.Array:
-    entries = array.cast(pa.list_(pa.struct([pa.field("key", array.type.key_type), pa.field("value", array.type.item_type)])))
+    entries = array.cast(
+        pa.list_(pa.struct([pa.field("key", array.type.key_type), pa.field("value", array.type.item_type)]))
+    )
     keys, items = entries.flatten().flatten()
-    return pa.MapArray.from_arrays(_offsets(entries), _convert(keys, kind.key_type), _convert(items, kind.item_type), type=kind, mask=_mask(array))
+    return pa.MapArray.from_arrays(
+        _offsets(entries), _convert(keys, kind.key_type), _convert(items, kind.item_type), type=kind, mask=_mask(array)
+    )
 
 
 def _fixed_list(array: Any, kind: pa.FixedSizeListType) -> pa.Array:
     size, values = kind.list_size, _convert(array.flatten(), kind.value_type)
     valid = pc.is_valid(array).to_numpy(zero_copy_only=False)
-    if len(values) != size * int(valid.sum()) or not pc.all(pc.equal(pc.list_value_length(array), size), min_count=0).as_py():
+    if (
+        len(values) != size * int(valid.sum())
+        or not pc.all(pc.equal(pc.list_value_length(array), size), min_count=0).as_py()
+    ):
         raise ValueError(f"a list does not have {size} items")
     if array.null_count:
         rows = pa.array(np.cumsum(valid) - 1, mask=~valid)
