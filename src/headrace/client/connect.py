@@ -289,7 +289,7 @@ class RemoteSession(Session):
 
     def health(self) -> dict[str, Any]:
         """Whether the exchange can take and give data."""
-        found: dict[str, Any] = self._http.call("GET", "/healthz")
+        found: dict[str, Any] = self._http.call("GET", "/readyz")
         return found
 
 

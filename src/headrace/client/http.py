@@ -131,7 +131,7 @@ def retrying(attempt: Callable[[], T], repeatable: bool = True) -> T:
 
 
 class Http:
-    """An exchange's address and its connections: made where first used, one pool per process; survives fork, pickling."""
+    """An exchange's address and its connections: made when first used, a pool per process; survives fork, pickling."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
         """``url`` like http://host:7070, with a path if the exchange stands below one. BadRequest if malformed."""

@@ -255,6 +255,8 @@ def payload(records: Any, kind: str | None = None) -> Payload:
         return _open_bytes(bytes(records), kind)
     if hasattr(records, "read"):
         return _open_file(typing.cast(BinaryIO, records), kind)
+    if isinstance(records, list | tuple) and len(records) <= RECORDS:
+        return Payload(b"".join(_ndjson(records)), NDJSON)
     if isinstance(records, list | tuple):
         return Payload(Replay(lambda: _ndjson(records)), NDJSON)
     if isinstance(records, Iterable):

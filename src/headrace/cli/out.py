@@ -1,0 +1,163 @@
+"""What all verbs share: their common options, the session they open, and how results and errors are printed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headrace.errors import BadRequest, HeadraceError, NotFound
+from headrace.lazy import load
+from headrace.model import to_dict
+
+if TYPE_CHECKING:
+    from headrace.client.session import Session
+
+ROOT = "headrace-data"
+CELL_CHARS = 60
+
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Folder of an exchange on this machine. [env: HEADRACE_ROOT] [default: ./headrace-data]"),
+]
+Url = Annotated[str | None, typer.Option(help="URL of a running exchange. [env: HEADRACE_URL]")]
+Secret = Annotated[
+    str | None, typer.Option(help="Access token; safer in the environment than here. [env: HEADRACE_TOKEN]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
+
+
+def root_folder(root: Path | None) -> Path:
+    """The folder given, else HEADRACE_ROOT, else ./headrace-data."""
+    return root or Path(os.environ.get("HEADRACE_ROOT") or ROOT)
+
+
+def connect(root: Path | None, url: str | None, token: str | None, new: bool = False) -> Session:
+    """The exchange that the options and the environment name. Unless ``new``, a folder that is missing is NotFound."""
+    if root is not None and url is not None:
+        raise BadRequest("--root and --url name two exchanges", hint="give one of them")
+    url = url or (None if root is not None else os.environ.get("HEADRACE_URL"))
+    if url:
+        session: Session = load("headrace").connect(url, token)
+        return session
+    folder = root_folder(root)
+    if not new and not folder.is_dir():
+        raise NotFound(
+            f"there is no exchange at {folder}",
+            hint="`headrace serve` or `headrace upload` starts one; --root, --url name another",
+        )
+    embedded: Session = load("headrace").connect(folder, token)
+    return embedded
+
+
+def clean(value: Any, chars: int | None = CELL_CHARS) -> str:
+    """``value`` as one line that is safe on a terminal: control characters are spelled out, long texts cut."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        text = ", ".join(f"{key}: {clean(item)}" for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        text = ", ".join(clean(item) for item in value[:16]) + (", …" if len(value) > 16 else "")
+    else:
+        text = "" if value is None else str(value)
+    if chars is not None and len(text) > chars:
+        text = text[: chars - 1] + "…"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def count(number: int | None) -> str:
+    """A whole number with thousands apart; '-' for None."""
+    return "-" if number is None else f"{number:,}"
+
+
+def size(number: float) -> str:
+    """Bytes in the unit that suits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def moment(iso: str | None) -> str:
+    """A moment to the second, as 2026-01-31 12:00:00."""
+    return (iso or "-")[:19].replace("T", " ")
+
+
+def print_json(value: Any) -> None:
+    """Print a value of model.py, or plain values, as indented JSON."""
+    orjson = load("orjson")
+    text: bytes = orjson.dumps(to_dict(value), default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS)
+    typer.echo(text.decode())
+
+
+def table(names: Sequence[str], rows: Iterable[Sequence[Any]], empty: str) -> None:
+    """Print rows under names; columns of numbers stand right. Without rows print ``empty``."""
+    cells = [[clean(value) for value in row] for row in rows]
+    if not cells:
+        typer.echo(empty)
+        return
+    terminal = sys.stdout.isatty()
+    # A pipe has no width: there nothing is wrapped or cut.
+    console = load("rich.console").Console(width=None if terminal else 10_000, highlight=False)
+    text = load("rich.text").Text
+    shown = load("rich.table").Table(box=None, pad_edge=False, header_style="bold")
+    for column, name in enumerate(names):
+        numbers = all(row[column].replace(",", "").replace(".", "").lstrip("-").isdecimal() for row in cells)
+        shown.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in cells:
+        shown.add_row(*(text(cell) for cell in row))
+    with console.capture() as lines:
+        console.print(shown)
+    typer.echo("\n".join(line.rstrip() for line in lines.get().rstrip("\n").split("\n")))
+
+
+def fields(values: Mapping[str, Any]) -> None:
+    """Print names and values, one per line; empty values are left out."""
+    shown = {name: value for name, value in values.items() if value not in (None, "", (), [], {})}
+    width = max((len(name) for name in shown), default=0)
+    for name, value in shown.items():
+        typer.echo(f"{name:<{width}}  {clean(value, 400)}")
+
+
+def note(text: str) -> None:
+    """Print a line that is not the result: to stderr, so that results can be piped."""
+    typer.echo(text, err=True)
+
+
+def report(error: HeadraceError, verb: str, as_json: bool) -> None:
+    """Print an error: what, why, what to do; or its JSON object. Always to stderr."""
+    if as_json:
+        typer.echo(load("orjson").dumps(error.to_dict(), default=str).decode(), err=True)
+        return
+    note(f"headrace {verb}: {error.code.replace('_', ' ')}")
+    note(f"  why: {clean(error.message, None)}")
+    for problem in list(error.details.get("problems") or [])[:20]:
+        note(f"       {problem_line(problem)}")
+    if error.hint:
+        note(f"  do:  {clean(error.hint, None)}")
+
+
+def problem_line(problem: Any) -> str:
+    """One problem of a recipe in one line."""
+    if not isinstance(problem, Mapping):
+        return clean(problem, None)
+    said = dict(problem)
+    at = f"line {said.pop('line')}: " if said.get("line") is not None else ""
+    what = said.pop("what", None) or said.pop("message", None) or ""
+    rest = "; ".join(f"{name}: {clean(value, None)}" for name, value in said.items() if value not in (None, "", [], ()))
+    return at + clean(what, None) + (f" ({rest})" if rest else "")
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask before something that cannot be undone; without a terminal ``--yes`` is needed."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise BadRequest(f"{question} Nobody is there to answer.", hint="add --yes")
+    typer.confirm(question, abort=True)

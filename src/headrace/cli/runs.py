@@ -1,0 +1,177 @@
+"""Verbs on recipes and runs."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headrace.cli import out
+from headrace.cli.data import print_counts
+from headrace.errors import BadRequest, Conflict, HeadraceError, NotFound
+from headrace.lazy import load
+
+if TYPE_CHECKING:
+    from headrace.client.session import Session
+    from headrace.model import Run
+
+RECIPE, SCHEMA = "recipe.yaml", "recipe.schema.json"
+EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA}\n"
+
+ENGINES = ("native",)
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder to write into.")] = Path(),
+    yes: out.Yes = False,
+    json: out.Json = False,
+) -> None:
+    """Write a commented recipe to start from.
+
+    Its schema, for editors, goes beside it.
+    """
+    recipe = load("headrace.recipe")
+    texts = {RECIPE: EDITOR_LINE + recipe.starter(), SCHEMA: recipe.schema_json()}
+    there = [name for name in texts if (folder / name).exists()]
+    if there and not yes:
+        raise Conflict(f"{folder / there[0]} exists already", hint="add --yes to overwrite it, or name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadRequest(
+            f"{folder} cannot be written: {error.strerror}", hint="name a folder you may write to"
+        ) from None
+    written = [str(folder / name) for name in texts]
+    if json:
+        return out.print_json({"written": written})
+    for name in written:
+        typer.echo(f"wrote {name}")
+    return typer.echo(f"edit it, then: headrace run {folder / RECIPE} --preview 100")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[Run], None]]:
+    """A bar with the stage on a terminal; a plain line per stage otherwise. Both on stderr."""
+    if not sys.stderr.isatty():
+        said: set[str] = set()
+
+        def line(run: Run) -> None:
+            text = f"{run.status} {run.stage}".strip()
+            if text not in said:
+                said.add(text)
+                out.note(f"run {run.id}: {out.clean(text, 200)}")
+
+        yield line
+        return
+    rich = load("rich.progress")
+    bar = rich.Progress(
+        rich.TextColumn("{task.description}", markup=False),
+        rich.BarColumn(),
+        rich.TaskProgressColumn(),
+        rich.TimeElapsedColumn(),
+        console=load("rich.console").Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("queued", total=1.0)
+        yield lambda run: bar.update(task, completed=run.progress, description=out.clean(run.stage or run.status))
+
+
+def _print_run(run: Run) -> None:
+    print_counts(run.steps)
+    if run.steps:
+        typer.echo("")
+    made = f"{run.dataset}@{run.version}" if run.version is not None else "no version"
+    told = [f"{out.count(run.rows_in)} in", f"{out.count(run.rows_out)} out"]
+    told += [f"{out.count(run.quarantined)} quarantined"] if run.quarantined else []
+    told += [f"{out.count(run.merged)} merged"] if run.merged else []
+    typer.echo(f"{made}: {', '.join(told)}   run {run.id} {run.status}")
+
+
+def _preview(session: Session, recipe: str, rows: int, json: bool) -> None:
+    found = session.preview(recipe, rows)
+    if json:
+        return out.print_json(found)
+    for name, value in found.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            names = list(dict.fromkeys(key for row in value for key in row))
+            typer.echo(f"\n{name}:")
+            out.table([key.upper() for key in names], [[row.get(key) for key in names] for row in value], "")
+        elif value not in (None, "", [], {}):
+            typer.echo(f"{name}: {out.clean(value, 400)}")
+    return typer.echo("\nnothing was committed")
+
+
+def _finish(session: Session, queued: Run, json: bool) -> Run:
+    """Wait for a run; one that fails still shows what its steps did."""
+    try:
+        if json:
+            return session.wait(queued.id)
+        with _progress() as heard:
+            return session.wait(queued.id, heard)
+    except HeadraceError as error:
+        if not json and error.details.get("run") == queued.id:
+            _print_run(session.run_status(queued.id))
+        raise
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The recipe's file.")],
+    preview: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Show the effect on N records; commit nothing.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Where the work is done: native is this machine.")] = "native",
+    wait: Annotated[bool, typer.Option(help="Wait until the run has ended.")] = True,
+    root: out.Root = None,
+    url: out.Url = None,
+    token: out.Secret = None,
+    json: out.Json = False,
+) -> None:
+    """Run a recipe and publish a version.
+
+    It collects, cleans, transforms and publishes in one go: a new version, or none.
+    """
+    if engine not in ENGINES:
+        raise BadRequest(f"there is no engine {engine!r} here", hint=f"--engine {' or '.join(ENGINES)}")
+    if not Path(recipe).is_file():
+        raise NotFound(f"there is no file {recipe!r}", hint="`headrace init` writes a recipe")
+    with out.connect(root, url, token, new=True) as session:
+        if preview is not None:
+            return _preview(session, recipe, preview, json)
+        queued = session.run(recipe, wait=False)
+        ended = _finish(session, queued, json) if wait else queued
+    return out.print_json(ended) if json else _print_run(ended)
+
+
+def runs(
+    id: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run's number; all runs without it.")] = None,
+    root: out.Root = None,
+    url: out.Url = None,
+    token: out.Secret = None,
+    json: out.Json = False,
+) -> None:
+    """List runs, or show the steps of one."""
+    with out.connect(root, url, token) as session:
+        found = session.runs() if id is None else [session.run_status(id)]
+    if json:
+        return out.print_json(found if id is None else found[0])
+    if id is not None:
+        _print_run(found[0])
+        return out.fields({"stage": found[0].stage, "error": found[0].error, "hint": found[0].hint})
+    rows = [
+        (r.id, r.dataset, r.status, r.version, out.count(r.rows_in), out.count(r.rows_out), out.moment(r.created_at))
+        for r in found
+    ]
+    return out.table(("RUN", "DATASET", "STATUS", "VERSION", "IN", "OUT", "STARTED"), rows, "no runs yet")
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the command."""
+    for verb in (init, run, runs):
+        app.command()(verb)
