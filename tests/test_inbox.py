@@ -261,3 +261,13 @@ def test_forgetting_thousands_of_uploads_goes_in_steps(inbox, reader):
     inbox.forget("default", 9_999).result(30)
     assert [e.seq for e in reader.take("default", 0, 99)] == [10_000]
     assert os.listdir(inbox.folder) == []
+
+
+def test_an_upload_without_records_leaves_its_receipt_and_nothing_to_flush(inbox, reader):
+    receipt = inbox.append(upload("", rows=0)).result(10)
+    spooled = inbox.append(upload(body=b"h" * (2 << 20), rows=0)).result(10)
+    assert reader.pending() == []
+    assert reader.receipt(receipt.receipt).pending is False
+    assert spooled.accepted == 0
+    assert os.listdir(inbox.folder) == []
+    assert inbox.held_bytes == 0

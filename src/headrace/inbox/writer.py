@@ -83,6 +83,7 @@ class _Job:
     bytes: int
     future: Future[Receipt] | asyncio.Future[Receipt]
     outcome: Receipt | HeadraceError | None = None
+    stored: bool = False
 
 
 @dataclass(slots=True)
@@ -277,13 +278,15 @@ class Inbox:
                     if job.outcome is None:
                         self._seq += 1
                         job.outcome = self._insert(db, job, self._seq, now)
+                        job.stored = job.upload.rows > 0
         except (sqlite3.Error, OSError) as error:
             self._seq = seq
             for job in jobs:
+                job.stored = False
                 job.outcome = Busy(
                     f"the upload could not be stored: {error}", hint="is the disk full?", details={"retry_after": 10}
                 )
-        self._release([job for job in jobs if not isinstance(job.outcome, Receipt) or job.outcome.duplicates])
+        self._release([job for job in jobs if not job.stored])
 
     def _release(self, refused: list[_Job]) -> None:
         with self._wake:
@@ -301,7 +304,7 @@ class Inbox:
             return None
         if row[4] != upload.body_sha:
             return Conflict("this Idempotency-Key was used with another body", hint="use a new key for each upload")
-        return Receipt(row[0], upload.dataset, row[1], row[2], duplicates=row[1] or 1, errors=row_errors(row[3]))
+        return Receipt(row[0], upload.dataset, row[1], row[2], duplicates=row[1], errors=row_errors(row[3]))
 
     def _insert(self, db: sqlite3.Connection, job: _Job, seq: int, now: float) -> Receipt:
         up = job.upload
@@ -314,8 +317,11 @@ class Inbox:
                 *(up.key_column, up.idem, up.body_sha, up.rejected, errors),
             ),
         )
-        path, body = (up.body.name, None) if isinstance(up.body, Path) else (None, up.body)
-        db.execute("INSERT INTO bodies VALUES (?,?,?,?,?,?,?)", (seq, up.dataset, up.rows, job.bytes, now, path, body))
+        if up.rows:
+            path, body = (up.body.name, None) if isinstance(up.body, Path) else (None, up.body)
+            db.execute(
+                "INSERT INTO bodies VALUES (?,?,?,?,?,?,?)", (seq, up.dataset, up.rows, job.bytes, now, path, body)
+            )
         return Receipt(receipt, up.dataset, up.rows, up.rejected, errors=up.errors)
 
     @staticmethod

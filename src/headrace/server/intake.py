@@ -1,0 +1,144 @@
+"""What happens to the body of an upload on its way in: decoded, judged and kept piece by piece, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace import settings
+from headrace.collect import formats
+from headrace.errors import BadData, TooLarge
+from headrace.inbox import RECORD_SEPARATOR, Inbox, Spool
+from headrace.model import RowError
+
+LINES_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The good records of a body, ready for the inbox, and why the others were refused."""
+
+    format: str
+    rows: int
+    body: bytes | Path
+    rejected: int
+    errors: tuple[RowError, ...]
+    body_sha: str | None
+
+
+class _Kept:
+    """Bytes in memory up to ``upload_memory_bytes``, beyond that in a spooled file."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        self._limit = settings.integer("upload_memory_bytes")
+        self._parts: list[bytes] = []
+        self._bytes = 0
+        self._spool: Spool | None = None
+
+    def write(self, piece: bytes) -> None:
+        self._bytes += len(piece)
+        if self._spool is None and self._bytes > self._limit:
+            self._spool = self._inbox.spool()
+            for part in self._parts:
+                self._spool.write(part)
+            self._parts.clear()
+        if self._spool is None:
+            self._parts.append(piece)
+        else:
+            self._spool.write(piece)
+
+    def finish(self) -> bytes | Path:
+        return b"".join(self._parts) if self._spool is None else self._spool.finish()
+
+    def abandon(self) -> None:
+        if self._spool is not None:
+            self._spool.abandon()
+
+
+class Intake:
+    """Takes one body: ``feed`` its chunks, then ``finish``; or ``abandon`` it. May block; one thread at a time.
+
+    With ``strict`` one bad record refuses the whole body. ``hashed`` asks for the hash that idempotency compares.
+    """
+
+    def __init__(
+        self, inbox: Inbox, format: str, encoding: str, *, strict: bool = False, hashed: str | None = None
+    ) -> None:
+        self._format = format
+        self._strict = strict
+        self._coding = formats.Decompressor(encoding)
+        self._kept = _Kept(inbox)
+        self._sha = None if hashed is None else hashlib.sha256(f"{format}\0{hashed}\0".encode())
+        self._errors_max = settings.integer("upload_errors_max")
+        self._record_max = settings.integer("record_bytes_max")
+        self._open: list[bytes] = []
+        self._open_bytes = 0
+        self._rows = 0
+        self._rejected = 0
+        self._errors: list[RowError] = []
+
+    def feed(self, chunks: list[bytes]) -> None:
+        """Take chunks as they came over the wire; raises BadData, TooLarge, OSError."""
+        for chunk in chunks:
+            for piece in self._coding.pieces(chunk):
+                if self._sha is not None:
+                    self._sha.update(piece)
+                self._take(piece)
+
+    def _take(self, piece: bytes) -> None:
+        if self._format not in ("json", "ndjson"):
+            self._kept.write(piece)
+            return
+        self._open.append(piece)
+        self._open_bytes += len(piece)
+        if self._format == "ndjson" and self._open_bytes >= LINES_BYTES and b"\n" in piece:
+            text = b"".join(self._open)
+            cut = text.rindex(b"\n") + 1
+            self._open = [text[cut:]]
+            self._open_bytes = len(text) - cut
+            self._lines(text[:cut])
+        if self._open_bytes > self._record_max + LINES_BYTES:
+            raise TooLarge(
+                f"a record, or a JSON body, is at most {self._record_max} bytes", hint="send application/x-ndjson"
+            )
+
+    def _lines(self, text: bytes) -> None:
+        good, rows, errors = formats.check_ndjson(text)
+        self._refuse(errors, self._rows + self._rejected)
+        self._rows += rows
+        self._kept.write(good)
+
+    def _refuse(self, errors: list[RowError], offset: int) -> None:
+        self._rejected += len(errors)
+        room = self._errors_max - len(self._errors)
+        self._errors += [RowError(offset + error.index, error.reason) for error in errors[:room]]
+
+    def finish(self) -> Judged:
+        """Judge what is left and make it ready; raises BadData if nothing of the body is good."""
+        self._coding.finish()
+        form, rows = self._format, self._rows
+        if form == "json":
+            records = formats.split_json(b"".join(self._open), single=self._strict)
+            self._refuse(records.errors, 0)
+            rows = len(records.texts)
+            self._kept.write(RECORD_SEPARATOR.join(records.texts))
+        elif form == "ndjson":
+            self._lines(b"".join(self._open))
+            rows = self._rows
+        if self._rejected and not rows:
+            raise BadData(
+                f"no record is good; the first: {self._errors[0].reason}",
+                hint="nothing was stored",
+                details={"errors": [{"index": error.index, "reason": error.reason} for error in self._errors]},
+            )
+        body = self._kept.finish()
+        if form not in ("json", "ndjson"):
+            rows = formats.check_table(form, body)[0]
+        sha = None if self._sha is None else self._sha.hexdigest()
+        return Judged(form, rows, body, self._rejected, tuple(self._errors), sha)
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        self._kept.abandon()

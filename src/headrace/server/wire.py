@@ -1,0 +1,246 @@
+"""The bare HTTP side: requests, answers, the error shape and streamed bodies as plain ASGI messages."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import threading
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
+from urllib.parse import parse_qs
+
+import orjson
+import structlog
+import zstandard
+
+from headrace import model, settings
+from headrace.errors import BadRequest, HeadraceError, Unauthenticated
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+ASGI = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+T = TypeVar("T")
+
+JSON = b"application/json"
+COMPRESS_FROM = 1 << 10
+_CHUNK = 256 << 10
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+log = structlog.get_logger("headrace.server")
+
+
+class ClientGone(Exception):
+    """The other side hung up: there is nobody to answer."""
+
+
+class Workers:
+    """The bounded pool in which everything that blocks runs."""
+
+    def __init__(self, threads: int = 16) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="headrace-call")
+
+    async def run(self, work: Callable[..., T], *args: Any) -> T:
+        """Call ``work(*args)`` in a thread and await its result."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    async def each(self, items: Iterator[T]) -> AsyncIterator[T]:
+        """Iterate a blocking iterator: the next item is made only when asked for."""
+        end = object()
+        lock = threading.Lock()
+
+        def step() -> T | object:
+            with lock:
+                return next(items, end)
+
+        def close() -> None:
+            # Generators let go of files and snapshots here; a cancelled request may leave one at work for a moment.
+            with lock:
+                closing = getattr(items, "close", None)
+                if closing is not None:
+                    closing()
+
+        try:
+            while (item := await self.run(step)) is not end:
+                yield cast(T, item)
+        finally:
+            await asyncio.shield(self.run(close))
+
+    def close(self) -> None:
+        """Wait for what runs."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Request:
+    """One HTTP request and the way to answer it. Header names are lower case."""
+
+    __slots__ = ("headers", "id", "method", "path", "receive", "scope", "send", "started")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = self.headers.get(b"x-request-id", b"")
+        self.id: str = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        self.started = False
+
+    def header(self, name: bytes, default: str = "") -> str:
+        """One header as text."""
+        value = self.headers.get(name)
+        return default if value is None else value.decode("latin-1")
+
+    def query(self) -> dict[str, str]:
+        """Query parameters; of a repeated one the last. Raises BadRequest for text that is not UTF-8."""
+        try:
+            parsed = parse_qs(self.scope["query_string"].decode("latin-1"), keep_blank_values=True, errors="strict")
+        except ValueError as error:
+            raise BadRequest(f"the query cannot be read: {error}", hint="percent-encode it as UTF-8") from None
+        return {name: values[-1] for name, values in parsed.items()}
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Send status and headers, the request's id among them."""
+        self.started = True
+        headers.append((b"x-request-id", self.id.encode()))
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def answer(
+        self, status: int, body: bytes, kind: bytes = JSON, headers: list[tuple[bytes, bytes]] | None = None
+    ) -> None:
+        """Send a whole answer."""
+        length = (b"content-length", str(len(body)).encode())
+        await self.start(status, [(b"content-type", kind), length, *(headers or [])])
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def json(self, value: Any, status: int = 200) -> None:
+        """Answer a value of the model, or plain JSON types."""
+        await self.answer(status, orjson.dumps(model.to_dict(value)))
+
+    async def fail(self, error: HeadraceError) -> None:
+        """Answer an error in the one shape."""
+        status, body, headers = error_answer(error, self.id)
+        await self.answer(status, body, headers=headers)
+
+    async def stream(self, chunks: AsyncIterator[bytes], kind: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """Answer chunk by chunk, each made after the last was taken."""
+        async with aclosing(_as_generator(chunks)) as body:
+            first = await anext(body, b"")
+            await self.start(200, [(b"content-type", kind), *headers])
+            await self.send({"type": "http.response.body", "body": first, "more_body": True})
+            async for chunk in body:
+                await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self.send({"type": "http.response.body", "body": b""})
+
+
+async def _as_generator(chunks: AsyncIterator[bytes]) -> Any:
+    async for chunk in chunks:
+        yield chunk
+
+
+def error_answer(error: HeadraceError, request_id: str) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+    """(status, body, headers) of an error."""
+    headers: list[tuple[bytes, bytes]] = []
+    if error.status in (429, 503):
+        headers.append((b"retry-after", str(max(1, round(float(error.details.get("retry_after", 1))))).encode()))
+    if isinstance(error, Unauthenticated):
+        headers.append((b"www-authenticate", b"Bearer"))
+    return error.status, orjson.dumps(error.to_dict(request_id), default=str), headers
+
+
+def unexpected(error: BaseException, request: Request) -> HeadraceError:
+    """Log what nobody foresaw, and the error to answer, which tells no internals."""
+    log.error("request failed", request_id=request.id, method=request.method, path=request.path, exc_info=error)
+    return HeadraceError("something went wrong inside the exchange", hint="the log has it under this request_id")
+
+
+async def next_piece(request: Request) -> tuple[bytes, bool]:
+    """(bytes, whether more follow) of a body; raises ClientGone on a hang-up, BadRequest when nothing comes."""
+    limit = settings.number("http_seconds")
+    try:
+        async with asyncio.timeout(limit):
+            message = await request.receive()
+    except TimeoutError:
+        raise BadRequest(f"no byte of the body came for {limit:g} seconds", hint="send it again") from None
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    return message.get("body", b""), bool(message.get("more_body"))
+
+
+def whole_number(query: dict[str, str], name: str, default: int | None, most: int) -> int | None:
+    """A query parameter from 0 to ``most``; raises BadRequest."""
+    text = query.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
+        raise BadRequest(f"{name}={text[:40]!r} is not a whole number from 0 to {most}", hint=f"leave {name} away?")
+    return int(text)
+
+
+def accepted_coding(header: str) -> str:
+    """zstd, gzip or identity, by an Accept-Encoding header."""
+    offers: dict[str, float] = {}
+    for part in header.lower().split(","):
+        name, _, weight = part.partition(";")
+        try:
+            offers[name.strip()] = float(weight.partition("=")[2] or 1)
+        except ValueError:
+            offers[name.strip()] = 0
+    best = max(("zstd", "gzip"), key=lambda name: offers.get(name, 0))
+    return best if offers.get(best, 0) > 0 else "identity"
+
+
+def gathered(chunks: Iterator[bytes], size: int = _CHUNK) -> Iterator[bytes]:
+    """The same bytes in chunks of about ``size``."""
+    parts: list[bytes] = []
+    held = 0
+    for chunk in chunks:
+        parts.append(chunk)
+        held += len(chunk)
+        if held >= size:
+            yield b"".join(parts)
+            parts, held = [], 0
+    if parts:
+        yield b"".join(parts)
+
+
+def compressed(chunks: Iterator[bytes], coding: str) -> Iterator[bytes]:
+    """The chunks under gzip or zstd."""
+    packer = zlib.compressobj(1, wbits=31) if coding == "gzip" else zstandard.ZstdCompressor(level=1).compressobj()
+    for chunk in chunks:
+        packed = packer.compress(chunk)
+        if packed:
+            yield packed
+    yield packer.flush()
+
+
+async def send_text(request: Request, workers: Workers, chunks: Iterator[bytes], kind: bytes, etag: str = "") -> None:
+    """Stream a text body, compressed as the client accepts if it is not tiny; 304 if the client has it already."""
+    headers: list[tuple[bytes, bytes]] = [(b"vary", b"accept, accept-encoding")]
+    if etag:
+        tag = f'W/"{etag}"'
+        headers.append((b"etag", tag.encode()))
+        known = {part.strip().removeprefix("W/") for part in request.header(b"if-none-match").split(",")}
+        if known & {"*", f'"{etag}"'}:
+            await request.start(304, headers)
+            await request.send({"type": "http.response.body", "body": b""})
+            return
+    body = gathered(chunks)
+    first = await workers.run(next, body, b"")
+    coding = accepted_coding(request.header(b"accept-encoding"))
+    rest: Iterator[bytes] = _chained(first, body)
+    if len(first) > COMPRESS_FROM and coding != "identity":
+        headers.append((b"content-encoding", coding.encode()))
+        rest = compressed(rest, coding)
+    await request.stream(workers.each(rest), kind, headers)
+
+
+def _chained(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
