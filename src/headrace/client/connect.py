@@ -396,7 +396,8 @@ class RemoteProvider:
                 file.seek(0)
                 file.truncate()
                 start = 0
-            for chunk in response.iter_raw(CHUNK):
+            # Without a chunk size: gathering chunks would lose what came before a break.
+            for chunk in response.iter_raw():
                 file.write(chunk)
                 if file.tell() > entry.bytes:
                     break
