@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import os
+import random
 import secrets
 import sqlite3
 import threading
@@ -26,12 +27,16 @@ from headrace.model import Receipt, to_dict
 
 _CHECKPOINT_PAGES = 4096
 _FORGET_ROWS = 4096
+_INSERT_ROWS = (256, 64, 16, 4, 1)
+_Row = tuple[str | int | float | bytes | None, ...]
 
 
 class ReceiptClock:
     """Makes receipt ids: 32 hex digits in the layout of UUID version 7, strictly growing, also after a restart."""
 
     def __init__(self, last: str | None = None) -> None:
+        # Not the system's generator: each call would give the interpreter lock away. Receipts are no secrets.
+        self._random = random.Random(secrets.randbits(128))  # noqa: S311
         number = int(last, 16) if last else 0
         self._ms = number >> 80
         self._low = (number >> 64 & 0xFFF) << 62 | number & (1 << 62) - 1
@@ -40,11 +45,11 @@ class ReceiptClock:
         """The next id at ``now`` seconds since 1970; a clock that stands or goes back only counts on."""
         ms = int(now * 1000)
         if ms > self._ms:
-            self._ms, self._low = ms, secrets.randbits(73)
+            self._ms, self._low = ms, self._random.getrandbits(73)
         else:
-            self._low += 1 + secrets.randbits(32)
+            self._low += 1 + self._random.getrandbits(32)
             if self._low >> 74:
-                self._ms, self._low = self._ms + 1, secrets.randbits(73)
+                self._ms, self._low = self._ms + 1, self._random.getrandbits(73)
         number = self._ms << 80 | 7 << 76 | (self._low >> 62) << 64 | 2 << 62 | self._low & (1 << 62) - 1
         return f"{number:032x}"
 
@@ -105,6 +110,25 @@ def _sha256(body: bytes | Path) -> str:
         return hashlib.sha256(body).hexdigest()
     with body.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _again(upload: Upload, sha: str | None, first: Receipt | HeadraceError | None) -> Receipt | HeadraceError | None:
+    """The outcome of an upload whose idempotency key is known from ``first``."""
+    if sha != upload.body_sha:
+        return Conflict("this Idempotency-Key was used with another body", hint="use a new key for each upload")
+    return dataclasses.replace(first, duplicates=first.accepted) if isinstance(first, Receipt) else first
+
+
+def _insert(db: sqlite3.Connection, table: str, rows: list[_Row]) -> None:
+    # Each statement gives the interpreter lock away and must win it back from a busy event loop: few, wide ones.
+    start = 0
+    for width in _INSERT_ROWS:
+        while len(rows) - start >= width:
+            part = rows[start : start + width]
+            marks = "(" + ",".join("?" * len(part[0])) + ")"
+            values = ",".join([marks] * width)
+            db.execute(f"INSERT INTO {table} VALUES {values}", [field for row in part for field in row])  # noqa: S608
+            start += width
 
 
 def _settle(jobs: list[_Job]) -> None:
@@ -272,13 +296,9 @@ class Inbox:
             if any(isinstance(job.upload.body, Path) for job in jobs):
                 _sync_folder(self.folder)
             with self._transaction() as db:
-                now = time.time()
-                for job in jobs:
-                    job.outcome = self._known(job.upload) if job.upload.idem is not None else None
-                    if job.outcome is None:
-                        self._seq += 1
-                        job.outcome = self._insert(db, job, self._seq, now)
-                        job.stored = job.upload.rows > 0
+                uploads, bodies = self._admit(jobs, time.time())
+                _insert(db, "uploads", uploads)
+                _insert(db, "bodies", bodies)
         except (sqlite3.Error, OSError) as error:
             self._seq = seq
             for job in jobs:
@@ -287,6 +307,32 @@ class Inbox:
                     f"the upload could not be stored: {error}", hint="is the disk full?", details={"retry_after": 10}
                 )
         self._release([job for job in jobs if not job.stored])
+
+    def _admit(self, jobs: list[_Job], now: float) -> tuple[list[_Row], list[_Row]]:
+        """Give each job its outcome, and the rows of those that are new."""
+        uploads: list[_Row] = []
+        bodies: list[_Row] = []
+        group: dict[tuple[str, str], _Job] = {}
+        for job in jobs:
+            up = job.upload
+            if up.idem is not None:
+                twin = group.get((up.dataset, up.idem))
+                job.outcome = self._known(up) if twin is None else _again(up, twin.upload.body_sha, twin.outcome)
+                if job.outcome is not None:
+                    continue
+                group[up.dataset, up.idem] = job
+            self._seq += 1
+            receipt = self._receipts.next(now)
+            errors = orjson.dumps(to_dict(up.errors)).decode() if up.errors else None
+            job.outcome = Receipt(receipt, up.dataset, up.rows, up.rejected, errors=up.errors)
+            head = (self._seq, receipt, up.dataset, up.format, up.rows, job.bytes, now)
+            uploads.append((*head, up.key_column, up.idem, up.body_sha, up.rejected, errors))
+            # An upload without records leaves its receipt only.
+            if up.rows:
+                job.stored = True
+                path, body = (up.body.name, None) if isinstance(up.body, Path) else (None, up.body)
+                bodies.append((self._seq, up.dataset, up.rows, job.bytes, now, path, body))
+        return uploads, bodies
 
     def _release(self, refused: list[_Job]) -> None:
         with self._wake:
@@ -302,27 +348,7 @@ class Inbox:
         ).fetchone()
         if row is None:
             return None
-        if row[4] != upload.body_sha:
-            return Conflict("this Idempotency-Key was used with another body", hint="use a new key for each upload")
-        return Receipt(row[0], upload.dataset, row[1], row[2], duplicates=row[1], errors=row_errors(row[3]))
-
-    def _insert(self, db: sqlite3.Connection, job: _Job, seq: int, now: float) -> Receipt:
-        up = job.upload
-        receipt = self._receipts.next(now)
-        errors = orjson.dumps(to_dict(up.errors)).decode() if up.errors else None
-        db.execute(
-            "INSERT INTO uploads VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
-            (
-                *(seq, receipt, up.dataset, up.format, up.rows, job.bytes, now),
-                *(up.key_column, up.idem, up.body_sha, up.rejected, errors),
-            ),
-        )
-        if up.rows:
-            path, body = (up.body.name, None) if isinstance(up.body, Path) else (None, up.body)
-            db.execute(
-                "INSERT INTO bodies VALUES (?,?,?,?,?,?,?)", (seq, up.dataset, up.rows, job.bytes, now, path, body)
-            )
-        return Receipt(receipt, up.dataset, up.rows, up.rejected, errors=up.errors)
+        return _again(upload, row[4], Receipt(row[0], upload.dataset, row[1], row[2], errors=row_errors(row[3])))
 
     @staticmethod
     def _answer(jobs: list[_Job]) -> None:

@@ -13,7 +13,7 @@ from headrace.collect import formats
 from headrace.errors import BadRequest, Busy, HeadraceError, TooLarge
 from headrace.inbox import Inbox, Upload
 from headrace.model import Principal, Receipt, check_name
-from headrace.server.intake import Intake, Judged
+from headrace.server.intake import Intake, Judged, Limits
 from headrace.server.metrics import Metrics
 from headrace.server.wire import JSON, Request, Workers, next_piece, send_text, whole_number
 
@@ -33,6 +33,7 @@ class Uploads:
         self._inbox = inbox
         self._workers = workers
         self._metrics = metrics
+        self._limits = Limits()
 
     async def legacy(self, request: Request, principal: Principal) -> None:
         """One record, or an array of them, into ``default``; a bad one refuses all."""
@@ -65,10 +66,11 @@ class Uploads:
         idem = _idempotency_key(request)
         key = (request.query().get("key") or None) if request.scope["query_string"] else None
         form = formats.format_of_type(request.header(b"content-type", kind))
-        _assert_declared(request)
+        _assert_declared(request, self._limits.upload_bytes)
         self._exchange.admit(principal, dataset, key, idem)
         intake = Intake(
             self._inbox,
+            self._limits,
             form,
             request.header(b"content-encoding"),
             strict=strict,
@@ -98,7 +100,7 @@ class Uploads:
         held, more, threaded = 0, True, form not in ("json", "ndjson") or b"content-encoding" in request.headers
         try:
             while more:
-                piece, more = await next_piece(request)
+                piece, more = await next_piece(request, self._limits.idle_seconds)
                 parts.append(piece)
                 held += len(piece)
                 if held >= _HAND_OVER_BYTES:
@@ -151,8 +153,7 @@ def _idempotency_key(request: Request) -> str | None:
     return key.decode("latin-1")
 
 
-def _assert_declared(request: Request) -> None:
-    most = settings.integer("upload_bytes_max")
+def _assert_declared(request: Request, most: int) -> None:
     declared = request.header(b"content-length")
     if declared.isdigit() and int(declared) > most:
         raise TooLarge(f"the body is larger than {most} bytes", hint="send it in parts, or raise upload_bytes_max")

@@ -15,6 +15,18 @@ from headrace.model import RowError
 LINES_BYTES = 4 << 20
 
 
+class Limits:
+    """The settings that bound an upload, read once: looking into the environment costs more than a small upload."""
+
+    def __init__(self) -> None:
+        self.upload_bytes = settings.integer("upload_bytes_max")
+        self.ratio = settings.integer("upload_ratio_max")
+        self.memory = settings.integer("upload_memory_bytes")
+        self.record_bytes = settings.integer("record_bytes_max")
+        self.errors = settings.integer("upload_errors_max")
+        self.idle_seconds = settings.number("http_seconds")
+
+
 @dataclass(frozen=True, slots=True)
 class Judged:
     """The good records of a body, ready for the inbox, and why the others were refused."""
@@ -30,9 +42,9 @@ class Judged:
 class _Kept:
     """Bytes in memory up to ``upload_memory_bytes``, beyond that in a spooled file."""
 
-    def __init__(self, inbox: Inbox) -> None:
+    def __init__(self, inbox: Inbox, limit: int) -> None:
         self._inbox = inbox
-        self._limit = settings.integer("upload_memory_bytes")
+        self._limit = limit
         self._parts: list[bytes] = []
         self._bytes = 0
         self._spool: Spool | None = None
@@ -64,15 +76,15 @@ class Intake:
     """
 
     def __init__(
-        self, inbox: Inbox, format: str, encoding: str, *, strict: bool = False, hashed: str | None = None
+        self, inbox: Inbox, limits: Limits, format: str, encoding: str, *, strict: bool, hashed: str | None
     ) -> None:
         self._format = format
         self._strict = strict
-        self._coding = formats.Decompressor(encoding)
-        self._kept = _Kept(inbox)
+        self._coding = formats.Decompressor(encoding, bytes_max=limits.upload_bytes, ratio_max=limits.ratio)
+        self._kept = _Kept(inbox, limits.memory)
         self._sha = None if hashed is None else hashlib.sha256(f"{format}\0{hashed}\0".encode())
-        self._errors_max = settings.integer("upload_errors_max")
-        self._record_max = settings.integer("record_bytes_max")
+        self._errors_max = limits.errors
+        self._record_max = limits.record_bytes
         self._open: list[bytes] = []
         self._open_bytes = 0
         self._rows = 0

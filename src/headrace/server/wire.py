@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import secrets
 import threading
@@ -17,7 +18,7 @@ import orjson
 import structlog
 import zstandard
 
-from headrace import model, settings
+from headrace import model
 from headrace.errors import BadRequest, HeadraceError, Unauthenticated
 
 Scope = MutableMapping[str, Any]
@@ -31,6 +32,9 @@ JSON = b"application/json"
 COMPRESS_FROM = 1 << 10
 _CHUNK = 256 << 10
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+# Not the system's generator: each call would give the interpreter lock away. Request ids are no secrets.
+_RANDOM = random.Random(secrets.randbits(128))  # noqa: S311
 
 log = structlog.get_logger("headrace.server")
 
@@ -89,7 +93,7 @@ class Request:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"")
-        self.id: str = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        self.id: str = given.decode() if _REQUEST_ID.fullmatch(given) else f"{_RANDOM.getrandbits(64):016x}"
         self.started = False
 
     def header(self, name: bytes, default: str = "") -> str:
@@ -160,9 +164,8 @@ def unexpected(error: BaseException, request: Request) -> HeadraceError:
     return HeadraceError("something went wrong inside the exchange", hint="the log has it under this request_id")
 
 
-async def next_piece(request: Request) -> tuple[bytes, bool]:
-    """(bytes, whether more follow) of a body; raises ClientGone on a hang-up, BadRequest when nothing comes."""
-    limit = settings.number("http_seconds")
+async def next_piece(request: Request, limit: float) -> tuple[bytes, bool]:
+    """(bytes, whether more follow) of a body; ClientGone on a hang-up, BadRequest if nothing comes for ``limit`` s."""
     try:
         async with asyncio.timeout(limit):
             message = await request.receive()
