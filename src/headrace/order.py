@@ -288,23 +288,26 @@ class Order:
         inside = slots * np.uint64(self.block_rows) - (slots > short) * np.uint64(lack) + offsets
         return self._within_windows(inside, slots // np.uint64(self.window_blocks), inverse=True).astype(np.int64)
 
-    def spans(self, position: int) -> Iterator[tuple[int, int]]:
-        """Ranges [first row, row after the last) in the order in which the epoch needs them, from ``position`` on."""
+    def spans(self, position: int) -> Iterator[tuple[int, int, int]]:
+        """What the epoch needs from ``position`` on: (until, first row, row after the last), ``until`` ascending.
+
+        The rows of a span are needed below position ``until``, and not before the spans of smaller ``until`` end.
+        """
         if self.shuffle == "global":
             if position < self.rows:
-                yield 0, self.rows
+                yield self.rows, 0, self.rows
             return
         while position < self.rows:
             if self.shuffle is False:
                 stop = min(position + self.block_rows, self.rows)
-                yield position, stop
+                yield stop, position, stop
             else:
                 window = self._place(position)[0] // self.window_blocks
                 stop = self._window_bounds(window)[1]
                 first = window * self.window_blocks
                 slots = np.arange(first, min(first + self.window_blocks, self._blocks.size), dtype=np.uint64)
                 for block in self._blocks.apply(slots).tolist():
-                    yield block * self.block_rows, min((block + 1) * self.block_rows, self.rows)
+                    yield stop, block * self.block_rows, min((block + 1) * self.block_rows, self.rows)
             position = stop
 
     def steps(self, batch_size: int, world_size: int = 1, drop_last: bool = True, first: int = 0) -> int:
