@@ -86,7 +86,7 @@ def test_nulls_and_empties_give_no_type_until_a_value_comes():
     assert (result.batch.num_rows, result.accepted.tolist()) == (1, [0])
     result = project_records({"l": [], "o": {}, "m": []}, {"o": {"x": 1}, "l": [None, "t"], "m": 5}, {"m": []})
     assert result.batch.to_pylist() == [
-        {"o": None or {"x": None}, "l": [], "m": None},
+        {"o": {"x": None}, "l": [], "m": None},
         {"o": {"x": 1}, "l": [None, "t"], "m": 5},
     ]
     assert [r.index for r in result.refused] == [2]
@@ -218,18 +218,47 @@ def test_pretty_printed_records_take_the_fast_path():
 
 def test_the_order_of_new_columns_is_that_of_their_first_values():
     records = texts(
-        {"z": None, "l": []}, {"y": 1}, {"x": 1, "z": 2, "l": [None]}, *[{"l": [1], "w": "t", "_v": True}] * 100
+        {"z": None, "l": []}, {"y": 1}, {"x": 1, "z": 2, "l": []}, *[{"l": [1], "w": "t", "_v": True}] * 100
     )
     assert fast_and_slow(records).schema.names == ["y", "x", "z", "l", "w", "__v"]
 
 
 @pytest.mark.parametrize(
     "odd",
-    [b'{"f":-0}', b'{"i":1.0}', b'{"i":1e2}', b'{"i":9223372036854775808}', b'{"i":"1"}', b'{"s":1}', b'{"s":null,"s":"x"}', b'{"i":1,"i":2}',
-     b'{"n":1e400}', b'{"n":' + b"9" * 400 + b"}", b'{"o":{"x":1}}', b'{"o":{}}', b'{"e":[]}', b'{"e":[[]]}', b'{"e":[null]}', b'{"i":[]}',
-     b'{"t":"2024-01-01"}', b'{"t":["2024-01-01"]}', b'{"s":"\\ud83d\\ude00\\u0000"}', b'{"\\u0069":5}', b'{"I":5}', b"{}", b'{"f":-0.0}',
-     b'{"m":[1,"x"]}', b'{"m":[1,2.5]}', b'{"m":[[1]]}', b'{"f":1e-400}', b'{"f":9007199254740993}', b'{"i":true}', b'{ "i" : 3 }', b'{"i":-0}'],
-)  # fmt: skip
+    [
+        b'{"f":-0}',
+        b'{"i":1.0}',
+        b'{"i":1e2}',
+        b'{"i":9223372036854775808}',
+        b'{"i":"1"}',
+        b'{"s":1}',
+        b'{"s":null,"s":"x"}',
+        b'{"i":1,"i":2}',
+        b'{"n":1e400}',
+        b'{"n":' + b"9" * 400 + b"}",
+        b'{"o":{"x":1}}',
+        b'{"o":{}}',
+        b'{"e":[]}',
+        b'{"e":[[]]}',
+        b'{"e":[null]}',
+        b'{"i":[]}',
+        b'{"t":"2024-01-01"}',
+        b'{"t":["2024-01-01"]}',
+        b'{"s":"\\ud83d\\ude00\\u0000"}',
+        b'{"\\u0069":5}',
+        b'{"I":5}',
+        b"{}",
+        b'{"f":-0.0}',
+        b'{"m":[1,"x"]}',
+        b'{"m":[1,2.5]}',
+        b'{"m":[[1]]}',
+        b'{"f":1e-400}',
+        b'{"f":9007199254740993}',
+        b'{"i":true}',
+        b'{ "i" : 3 }',
+        b'{"i":-0}',
+    ],
+)
 @pytest.mark.parametrize("place", [0, 70, 99])
 def test_one_odd_record_changes_nothing_but_the_speed(odd, place):
     records = [b'{"i":%d,"f":%d.5,"s":"t%d"}' % (i, i, i) for i in range(100)]
@@ -248,12 +277,13 @@ VALUES = st.recursive(
 RECORDS = st.dictionaries(st.sampled_from(["a", "b", "A", "_id", "c d"]), VALUES, max_size=4)
 COLUMNS = {
     "i": st.integers(-9, 9), "f": st.floats(-9, 9) | st.integers(-9, 9), "s": TEXTS, "b": st.booleans(),
-    "l": st.lists(st.none() | st.integers(0, 9), max_size=3), "t": st.just("2024-01-01"), "v": st.lists(TEXTS, max_size=2),
+    "l": st.lists(st.none() | st.integers(0, 9), max_size=3), "t": st.just("2024-01-01"),
+    "v": st.lists(TEXTS, max_size=2),
 }  # fmt: skip
 PLAIN = st.fixed_dictionaries({}, optional={name: st.none() | values for name, values in COLUMNS.items()})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(RECORDS, max_size=8), st.integers(0, 8))
 def test_any_prefix_has_the_same_verdicts(records, cut):
     whole = project_slowly(texts(*records), EMPTY)
@@ -265,19 +295,19 @@ def test_any_prefix_has_the_same_verdicts(records, cut):
     assert (rest.accepted + min(cut, len(records))).tolist() == [i for i in whole.accepted if i >= cut]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(PLAIN, min_size=64, max_size=80))
 def test_fast_equals_slow_on_plain_records(records):
     fast_and_slow(texts(*records))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(RECORDS, min_size=1, max_size=6), st.integers(64, 90))
 def test_fast_equals_slow_on_any_records(records, count):
     fast_and_slow([texts(*records)[i * i % len(records)] for i in range(count)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(RECORDS, max_size=6))
 def test_every_accepted_value_is_in_its_column(records):
     result = project_slowly(texts(*records), EMPTY)

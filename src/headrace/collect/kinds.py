@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
+import orjson
 import pyarrow as pa
 
 ORIGINAL_NAME = b"headrace.name"
+_VALUE_CHARS = 120
 _REFUSED_BY_DELTA = re.compile(r"[ ,;{}()\n\t=]")
 
 
@@ -262,3 +264,38 @@ def fit(kind: Kind, value: Any) -> Any:
     if pa.types.is_floating(kind):
         return float(value)
     return _as_other(kind, value) if _is_other(kind) else value
+
+
+def schema_of(schema: pa.Schema, kinds: Object) -> pa.Schema:
+    """The schema of ``kinds``: unchanged columns keep their field with its metadata, then new ones by appearance."""
+    before = {f.name: f for f in schema}
+    fields = []
+    for name, (stored, kind) in kinds.fields.items():
+        old = before.get(stored)
+        if old is not None and kind_of(old.type) == kind:
+            fields.append(old)
+        else:
+            fields.append(named_field(stored, name, arrow_of(kind)))
+    return pa.schema(fields)
+
+
+def short_text(value: Any) -> str | None:
+    """A value as a text short enough for a message."""
+    if value is None:
+        return None
+    shown = (
+        value
+        if isinstance(value, str)
+        else str(value)
+        if isinstance(value, float)
+        else orjson.dumps(value, default=str).decode()
+    )
+    return shown if len(shown) <= _VALUE_CHARS else shown[: _VALUE_CHARS - 1] + "…"
+
+
+def struct_of(arrays: Sequence[pa.Array], schema: pa.Schema, rows: int) -> pa.StructArray:
+    """The arrays as one struct array of ``rows`` rows; that many even without columns."""
+    # A RecordBatch without columns forgets its rows, unless it comes from a struct of that length.
+    if arrays:
+        return pa.StructArray.from_arrays(arrays, fields=list(schema))
+    return pa.array([{}] * rows, type=pa.struct([]))

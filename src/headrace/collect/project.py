@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pa_json
@@ -29,20 +28,20 @@ from headrace.collect.kinds import (
     TEXT,
     Contradiction,
     Object,
-    arrow_of,
     fit,
     grow_object,
-    kind_of,
     named_field,
     object_of,
     original_name,
+    schema_of,
+    short_text,
     stored_name,
+    struct_of,
 )
 from headrace.model import SYSTEM_COLUMNS
 
 _CHUNK_ROWS = 8192
 _SAMPLE_ROWS = 64
-_VALUE_CHARS = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +90,13 @@ def project_slowly(texts: pa.Array | Sequence[bytes], schema: pa.Schema) -> Proj
         try:
             kinds = _grown_by(kinds, text, limit)
         except Contradiction as no:
-            refused.append(Refused(index, no.path or None, _short(no.value), no.reason))
+            refused.append(Refused(index, no.path or None, short_text(no.value), no.reason))
         else:
             accepted.append(index)
-    grown = _grown_schema(schema, kinds)
+    grown = schema_of(schema, kinds)
     rows = np.array(accepted, dtype=np.int64)
     batch = _materialise(_take(texts, rows, bool(refused)), kinds, grown)
-    return Projection(batch, grown, rows, refused, _widened(schema, grown))
+    return Projection(batch, grown, rows, refused, widened_columns(schema, grown))
 
 
 def _grown_by(kinds: Object, text: bytes, limit: int) -> Object:
@@ -111,15 +110,6 @@ def _grown_by(kinds: Object, text: bytes, limit: int) -> Object:
     if grown is not kinds and grown.width > max(limit, kinds.width):
         raise Contradiction(None, f"its fields would make {grown.width} columns, and {limit} are allowed")
     return grown
-
-
-def _short(value: Any) -> str | None:
-    if value is None:
-        return None
-    shown = (
-        value if isinstance(value, str) else str(value) if isinstance(value, float) else orjson.dumps(value).decode()
-    )
-    return shown if len(shown) <= _VALUE_CHARS else shown[: _VALUE_CHARS - 1] + "…"
 
 
 def _each(texts: pa.Array | Sequence[bytes]) -> Iterator[bytes]:
@@ -136,20 +126,8 @@ def _take(texts: pa.Array | Sequence[bytes], rows: npt.NDArray[np.int64], some: 
     return texts.take(pa.array(rows)) if isinstance(texts, pa.Array) else [texts[i] for i in rows]
 
 
-def _grown_schema(schema: pa.Schema, kinds: Object) -> pa.Schema:
-    """Unchanged columns keep their field as it was, with all its metadata; new ones follow in order of appearance."""
-    before = {f.name: f for f in schema}
-    fields = []
-    for name, (stored, kind) in kinds.fields.items():
-        old = before.get(stored)
-        if old is not None and kind_of(old.type) == kind:
-            fields.append(old)
-        else:
-            fields.append(named_field(stored, name, arrow_of(kind)))
-    return pa.schema(fields)
-
-
-def _widened(before: pa.Schema, after: pa.Schema) -> tuple[str, ...]:
+def widened_columns(before: pa.Schema, after: pa.Schema) -> tuple[str, ...]:
+    """Columns of ``before`` whose type is another one in ``after``."""
     return tuple(f.name for f in before if after.field(f.name).type != f.type)
 
 
@@ -162,7 +140,7 @@ def _materialise(texts: pa.Array | Sequence[bytes], kinds: Object, schema: pa.Sc
         arrays = []
         for field, (name, (_, kind)) in zip(schema, kinds.fields.items(), strict=True):
             arrays.append(pa.array([fit(kind, row.get(name)) for row in rows], type=field.type))
-        chunks.append(pa.RecordBatch.from_struct_array(_struct(arrays, schema, len(rows))))
+        chunks.append(pa.RecordBatch.from_struct_array(struct_of(arrays, schema, len(rows))))
         rows.clear()
 
     for text in _each(texts):
@@ -173,16 +151,9 @@ def _materialise(texts: pa.Array | Sequence[bytes], kinds: Object, schema: pa.Sc
     return _one_batch(pa.Table.from_batches(chunks), schema)
 
 
-def _struct(arrays: Sequence[pa.Array], schema: pa.Schema, rows: int) -> pa.StructArray:
-    # A RecordBatch without columns forgets its rows, unless it comes from a struct of that length.
-    if arrays:
-        return pa.StructArray.from_arrays(arrays, fields=list(schema))
-    return pa.array([{}] * rows, type=pa.struct([]))
-
-
 def _one_batch(table: pa.Table, schema: pa.Schema) -> pa.RecordBatch:
     arrays = [pa.concat_arrays(c.chunks) if c.num_chunks else pa.array([], type=c.type) for c in table.columns]
-    batch = pa.RecordBatch.from_struct_array(_struct(arrays, schema, table.num_rows))
+    batch = pa.RecordBatch.from_struct_array(struct_of(arrays, schema, table.num_rows))
     return pa.RecordBatch.from_arrays(batch.columns, schema=schema) if arrays else batch
 
 
@@ -250,13 +221,12 @@ def _sampled_strings(texts: pa.Array | Sequence[bytes]) -> dict[str, pa.DataType
 
 
 def _parse(joined: pa.Buffer, known: Mapping[str, pa.DataType], strings: Mapping[str, pa.DataType]) -> pa.Table | None:
-    longest = PIECE_BYTES
     pinned = {**strings, **known}
     for _ in range(3):
         try:
             table = pa_json.read_json(
                 pa.BufferReader(joined),
-                read_options=pa_json.ReadOptions(block_size=longest),
+                read_options=pa_json.ReadOptions(block_size=PIECE_BYTES),
                 parse_options=pa_json.ParseOptions(
                     explicit_schema=pa.schema(list(pinned.items())), unexpected_field_behavior="infer"
                 ),
@@ -265,9 +235,20 @@ def _parse(joined: pa.Buffer, known: Mapping[str, pa.DataType], strings: Mapping
             return None
         timed = {f.name: pinned_type for f in table.schema if (pinned_type := _without_times(f.type)) != f.type}
         if not timed:
-            return table
+            return table if _is_sound(table, pinned) else None
         pinned.update(timed)
     return None
+
+
+def _is_sound(table: pa.Table, pinned: Mapping[str, pa.DataType]) -> bool:
+    """Arrow may lose nulls that lead an inferred list; its offsets then exceed its values."""
+    try:
+        table.validate()
+    except pa.ArrowInvalid:
+        return False
+    inferred = [c for f, c in zip(table.schema, table.columns, strict=True) if f.name not in pinned]
+    lists = [chunk for c in inferred if pa.types.is_list(c.type) for chunk in c.chunks]
+    return not any(chunk.values.null_count for chunk in lists if not pa.types.is_null(chunk.type.value_type))
 
 
 def _without_times(type: pa.DataType) -> pa.DataType:
