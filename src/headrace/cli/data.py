@@ -285,7 +285,7 @@ def trace(
     epoch: Annotated[int, typer.Option(min=0, help="The feed's epoch, counted from 0.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Batch size of one rank.")] = 32,
     world: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
-    shuffle: Annotated[str, typer.Option(help="window, global or none.")] = "window",
+    shuffle: Annotated[str, typer.Option(help="window, global or false.")] = "window",
     root: out.Root = None,
     url: out.Url = None,
     token: out.Secret = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from json import dumps as json_text
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,7 @@ def init(
     Its schema, for editors, goes beside it.
     """
     recipe = load("headrace.recipe")
-    texts = {RECIPE: EDITOR_LINE + recipe.starter(), SCHEMA: recipe.schema_json()}
+    texts = {RECIPE: EDITOR_LINE + recipe.starter(), SCHEMA: json_text(recipe.schema_json(), indent=2) + "\n"}
     there = [name for name in texts if (folder / name).exists()]
     if there and not yes:
         raise Conflict(f"{folder / there[0]} exists already", hint="add --yes to overwrite it, or name another folder")

@@ -260,7 +260,7 @@ class RemoteSession(Session):
 
     def _preview(self, text: str, base: str, rows: int) -> dict[str, Any]:
         body = {"recipe": text, "base": base, "rows": rows}
-        found: dict[str, Any] = self._http.call("POST", "/v1/runs:preview", json=body, repeatable=True)
+        found: dict[str, Any] = self._http.call("POST", "/v1/runs:preview", json=body)
         return found
 
     def runs(self) -> list[Run]:

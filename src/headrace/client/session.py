@@ -317,11 +317,11 @@ class Session(abc.ABC):
     ) -> list[TracedRow]:
         """The rows behind a training step (0-based, all ranks), an ``_id`` (``row``) or a ``source`` locator.
 
-        ``batch_size`` is per rank; ``shuffle`` is "window", "global" or "none"; True and False are the first and last.
+        ``batch_size`` is per rank; ``shuffle`` is "window" (or True), "global" or False.
         """
         if sum(asked is not None for asked in (step, row, source)) != 1:
             raise BadRequest("say exactly one of step, row and source", hint="for example step=1200, or row='…'")
-        order = {True: "window", False: "none"}[shuffle] if isinstance(shuffle, bool) else shuffle
+        order = {True: "window", False: "false"}[shuffle] if isinstance(shuffle, bool) else shuffle
         return self._trace(
             _ref(ref),
             step=step,
