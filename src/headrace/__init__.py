@@ -32,5 +32,5 @@ def connect(target: str | Path | None = None, token: str | None = None) -> Sessi
         raise BadRequest(
             f"{where.split('://')[0]}:// is not how an exchange is reached", hint="give http://host:7070 or a folder"
         )
-    embedded: Session = load("headrace.exchange").open_session(Path(where))
+    embedded: Session = load("headrace.embedded").open_session(Path(where))
     return embedded

@@ -1,4 +1,4 @@
-"""Every error Headrace raises: one small tree that knows its code, HTTP status, exit code and whether a retry can help."""
+"""Every error Headrace raises: one small tree that knows code, HTTP status, exit code and whether a retry helps."""
 
 from __future__ import annotations
 

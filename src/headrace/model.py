@@ -51,7 +51,10 @@ class Ref:
     def parse(cls, text: str) -> Ref:
         """Parse a ref; raise BadRef with the form expected."""
         if not isinstance(text, str) or len(text) > 400:
-            raise BadRef("a ref is a short text such as 'patients@3'", hint="name, name@7, name@latest or name@tag, then ':split' if any")
+            raise BadRef(
+                "a ref is a short text such as 'patients@3'",
+                hint="name, name@7, name@latest or name@tag, then ':split' if any",
+            )
         head, colon, split = text.partition(":")
         name, sign, at = head.partition("@")
         check_name(name)
@@ -98,7 +101,7 @@ class RowError:
 
 @dataclass(frozen=True, slots=True)
 class Receipt(Shown):
-    """The durable answer to an upload; ``duplicate`` says that the idempotency key had already been used for this body."""
+    """The durable answer to an upload; ``duplicates`` counts records that an earlier upload of this key brought."""
 
     receipt: str
     dataset: str
@@ -127,7 +130,7 @@ class Dataset(Shown):
 
 @dataclass(frozen=True, slots=True)
 class StepCount:
-    """What one step did. Record steps: rows_in = rows_out + quarantined + merged. A packing step turns documents into rows."""
+    """What one step did: rows_in = rows_out + quarantined + merged, but packing turns documents into rows."""
 
     step: str
     rows_in: int
@@ -174,7 +177,7 @@ class Version(Shown):
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One data file of a version: ``start`` is its first row's position; ``length`` of a ragged column is not kept here."""
+    """One data file of a version; ``start`` is the position of its first row."""
 
     id: str
     rows: int
@@ -187,7 +190,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The exact, immutable list of files behind one (ref, columns). ``arrow_schema`` is the base64 IPC form of the true types."""
+    """The exact, immutable list of files behind one (ref, columns). ``arrow_schema``: base64 IPC of the true types."""
 
     dataset: str
     version: int
@@ -232,11 +235,12 @@ class Run(Shown):
     error: str | None = None
     hint: str | None = None
     error_code: str | None = None
+    preview_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Quarantined(Shown):
-    """One dropped, refused or merged record: the rule, the value, the record as JSON; ``kept`` is a merged one's twin."""
+    """One dropped, refused or merged record: rule, value, and the record as JSON; ``kept`` is a merged one's twin."""
 
     id: str
     run: str
@@ -308,4 +312,6 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     try:
         return cls(**{k: _build(hints[k], v) for k, v in data.items() if k in known})
     except TypeError as error:
-        raise BadData(f"not a {cls.__name__}: {error}", hint="is the other side of the same Headrace version?") from None
+        raise BadData(
+            f"not a {cls.__name__}: {error}", hint="is the other side of the same Headrace version?"
+        ) from None

@@ -1,4 +1,4 @@
-"""Every setting and limit in one table: name, default, help. ``HEADRACE_<NAME>`` in the environment overrides a default."""
+"""Every setting and limit in one table: name, default, help. ``HEADRACE_<NAME>`` in the environment overrides it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ TABLE = (
     Setting("json_depth_max", 200, "Deepest nesting of a JSON record", 1),
     Setting("columns_max", 2000, "Most columns that inference may give a dataset", 1),
     Setting("upload_errors_max", 100, "Most rejected records that one answer lists", 1),
-    Setting("inbox_bytes_max", 4 * GiB, "Bytes of acknowledged, not yet committed uploads before new ones get 503", 1 * MiB),
+    Setting(
+        "inbox_bytes_max", 4 * GiB, "Bytes of acknowledged, not yet committed uploads before new ones get 503", 1 * MiB
+    ),
     Setting("inbox_group_max", 4096, "Most uploads acknowledged by one fsync", 1),
     Setting("inbox_queue_max", 65536, "Most uploads waiting for the inbox writer before new ones get 503", 1),
     Setting("receipts_keep_days", 7, "Days for which receipts and idempotency keys are remembered", 1),

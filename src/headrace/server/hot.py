@@ -12,8 +12,8 @@ from headrace import settings
 from headrace.collect import formats
 from headrace.errors import BadRequest, Busy, HeadraceError, TooLarge
 from headrace.inbox import Inbox, Upload
+from headrace.intake import Intake, Judged, Limits
 from headrace.model import Principal, Receipt, check_name
-from headrace.server.intake import Intake, Judged, Limits
 from headrace.server.metrics import Metrics
 from headrace.server.wire import JSON, Request, Workers, next_piece, send_text, whole_number
 
@@ -34,6 +34,7 @@ class Uploads:
         self._workers = workers
         self._metrics = metrics
         self._limits = Limits()
+        self._known: set[str] = set()
 
     async def legacy(self, request: Request, principal: Principal) -> None:
         """One record, or an array of them, into ``default``; a bad one refuses all."""
@@ -70,13 +71,16 @@ class Uploads:
         self._exchange.admit(principal, dataset, key, idem)
         intake = Intake(
             self._inbox,
-            self._limits,
             form,
             request.header(b"content-encoding"),
             strict=strict,
             hashed=None if idem is None else key or "",
+            limits=self._limits,
         )
         judged = await self._take(request, intake, form)
+        if judged.rows and dataset not in self._known:
+            await self._workers.run(self._exchange.make_known, dataset)
+            self._known.add(dataset)
         receipt = await self._append(judged, dataset, key, idem)
         self._metrics.uploaded(receipt, time.perf_counter() - began)
         return receipt

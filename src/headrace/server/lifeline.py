@@ -13,18 +13,14 @@ from pathlib import Path
 
 from headrace.server.wire import log
 
-PARENT = "HEADRACE_PARENT"
 _SET_PDEATHSIG = 1
 _POLL_SECONDS = 1.0
 _BACK_OFF = (0.2, 10.0)
 _STOP_SECONDS = 10.0
 
 
-def end_with_parent() -> None:
-    """Called by a worker first thing: SIGTERM to this process once its server is gone, even by kill -9."""
-    parent = int(os.environ.get(PARENT, "0"))
-    if not parent:
-        return
+def end_with_parent(parent: int) -> None:
+    """Called by a worker first thing: SIGTERM to this process once ``parent`` is gone, even by kill -9."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     else:
@@ -44,7 +40,15 @@ class WorkerKeeper:
     """Keeps one worker process running. ``run`` must be called on the main thread's loop: the signal is bound to it."""
 
     def __init__(self, root: Path) -> None:
-        self._command = (sys.executable, "-m", "headrace.server.worker", "--root", str(root))
+        self._command = (
+            sys.executable,
+            "-m",
+            "headrace.server.worker",
+            "--root",
+            str(root),
+            "--parent",
+            str(os.getpid()),
+        )
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -52,9 +56,7 @@ class WorkerKeeper:
         pause, longest = _BACK_OFF
         while not self._stopping.is_set():
             began = time.monotonic()
-            worker = await asyncio.create_subprocess_exec(
-                *self._command, env={**os.environ, PARENT: str(os.getpid())}, stdin=asyncio.subprocess.DEVNULL
-            )
+            worker = await asyncio.create_subprocess_exec(*self._command, stdin=asyncio.subprocess.DEVNULL)
             ended, stopping = asyncio.ensure_future(worker.wait()), asyncio.ensure_future(self._stopping.wait())
             await asyncio.wait((ended, stopping), return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()

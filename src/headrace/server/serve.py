@@ -48,9 +48,10 @@ def serve(root: Path, host: str, port: int, open: bool) -> None:
         lock.announce(url)
         inbox = Inbox(place.path)
         try:
-            exchange = Exchange(place, inbox)
+            exchange = Exchange(place)
             try:
                 _greet(exchange, url, place.path, open)
+                exchange.owner_token()
                 app = create_app(exchange, inbox, open)
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     runner.run(_main(app, exchange, inbox, place.path, host, port))

@@ -15,6 +15,7 @@ from headrace.inbox import InboxReader
 from headrace.pipeline.durable import RunLoop
 from headrace.pipeline.run import Engine
 from headrace.root import Root
+from headrace.server.lifeline import end_with_parent
 
 
 def main(root: str | Path | None = None, parent: int | None = None) -> None:
@@ -27,6 +28,8 @@ def main(root: str | Path | None = None, parent: int | None = None) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if parent is not None:
+        end_with_parent(parent)
     flusher.recover()
     threads = [
         threading.Thread(target=flusher.run, args=(stop,), name="flusher"),
@@ -34,9 +37,7 @@ def main(root: str | Path | None = None, parent: int | None = None) -> None:
     ]
     for thread in threads:
         thread.start()
-    while not stop.wait(0.5):
-        if parent is not None and os.getppid() != parent:
-            stop.set()
+    stop.wait()
     threads[0].join()
     loop.close()
     catalog.close()

@@ -76,8 +76,16 @@ class Intake:
     """
 
     def __init__(
-        self, inbox: Inbox, limits: Limits, format: str, encoding: str, *, strict: bool, hashed: str | None
+        self,
+        inbox: Inbox,
+        format: str,
+        encoding: str,
+        *,
+        strict: bool = False,
+        hashed: str | None = None,
+        limits: Limits | None = None,
     ) -> None:
+        limits = limits or Limits()
         self._format = format
         self._strict = strict
         self._coding = formats.Decompressor(encoding, bytes_max=limits.upload_bytes, ratio_max=limits.ratio)

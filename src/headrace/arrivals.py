@@ -1,0 +1,289 @@
+"""Arrived records as rows: what waits in the inbox, projected under the schema that the records before it made.
+
+The flusher commits these rows; a read of the latest state shows them before that. Both see the same verdicts, as each
+record is judged by what came before it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.collect.formats import read_table
+from headrace.collect.project import Projection, project_json
+from headrace.collect.tabular import project_table
+from headrace.inbox import RECORD_SEPARATOR
+from headrace.model import SYSTEM_COLUMNS
+from headrace.rows import to_json
+from headrace.settings import MiB
+
+_PIECE_BYTES = 16 * MiB
+_SOURCE = pa.struct([("source", pa.string()), ("locator", pa.string()), ("collected_at", pa.timestamp("us", "UTC"))])
+_TIME = pa.timestamp("us", "UTC")
+SYSTEM = pa.schema([("_id", pa.string()), ("_source", _SOURCE), ("_ingested_at", _TIME), ("_raw", pa.string())])
+"""The system columns of a raw dataset."""
+
+
+class Arrival(Protocol):
+    """An upload in the inbox, without its body."""
+
+    @property
+    def seq(self) -> int:
+        """Its number in the inbox."""
+        ...
+
+    @property
+    def receipt(self) -> str:
+        """Its receipt."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """json, ndjson, csv, parquet or arrow."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Records in it."""
+        ...
+
+    @property
+    def at(self) -> float:
+        """Arrival, in seconds since 1970."""
+        ...
+
+    @property
+    def key_column(self) -> str | None:
+        """The column that gives ``_id``, if the sender named one."""
+        ...
+
+
+Body: TypeAlias = bytes | Path | IO[bytes]
+Bodies: TypeAlias = Callable[[Any], Body]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some records of one or several uploads: JSON ``texts`` or typed ``rows``, and per record where it came from."""
+
+    origin: pa.RecordBatch
+    texts: Any = None
+    rows: pa.RecordBatch | None = None
+
+
+def _origin(entries: Sequence[Arrival], counts: Sequence[int], first: Sequence[int]) -> pa.RecordBatch:
+    """Where each record came from: ``counts`` records per entry, the first of them at index ``first`` of its upload."""
+    repeat = np.repeat(np.arange(len(entries)), counts)
+    starts = np.cumsum(counts) - counts
+    index = np.arange(len(repeat)) - np.asarray(starts)[repeat] + np.asarray(first)[repeat]
+    times = pa.array([round(e.at * 1e6) for e in entries], pa.int64()).cast(_TIME)
+    take = pa.array(repeat)
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.array(np.asarray([e.seq for e in entries], np.int64)[repeat]),
+            pa.array([e.receipt for e in entries], pa.string()).take(take),
+            pa.array(index, pa.int64()),
+            times.take(take),
+            pa.array([e.key_column for e in entries], pa.string()).take(take),
+        ],
+        names=["seq", "receipt", "index", "at", "key"],
+    )
+
+
+def _lines(body: bytes, separator: bytes) -> pa.Array:
+    """The texts of a body as one Arrow array, without a Python object per record."""
+    if not body.endswith(separator):
+        body += separator
+    ends = np.flatnonzero(np.frombuffer(body, np.uint8) == separator[0]) + 1
+    offsets = np.concatenate([[0], ends]).astype(np.int64)
+    texts = pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(body))
+    return pc.utf8_rtrim(texts, separator.decode())
+
+
+def _read(body: Body) -> bytes:
+    if isinstance(body, bytes):
+        return body
+    return body.read_bytes() if isinstance(body, Path) else body.read()
+
+
+def _pieces_of_file(file: IO[bytes]) -> Iterator[bytes]:
+    while body := file.read(_PIECE_BYTES):
+        yield body + file.readline()
+
+
+class _Held:
+    """Small JSON uploads, gathered so that one Arrow array holds the texts of many."""
+
+    def __init__(self) -> None:
+        self.entries: list[Arrival] = []
+        self.counts: list[int] = []
+        self.arrays: list[pa.Array] = []
+        self.singles: list[bytes] = []
+        self.bytes = 0
+
+    def add(self, entry: Arrival, body: bytes) -> None:
+        self.bytes += len(body)
+        self.entries.append(entry)
+        if entry.rows == 1:
+            self.counts.append(1)
+            self.singles.append(body.rstrip(b"\n") if entry.format == "ndjson" else body)
+            return
+        self._gather()
+        self.arrays.append(_lines(body, RECORD_SEPARATOR if entry.format == "json" else b"\n"))
+        self.counts.append(len(self.arrays[-1]))
+
+    def _gather(self) -> None:
+        if self.singles:
+            self.arrays.append(pa.array(self.singles, pa.large_binary()).cast(pa.large_string()))
+            self.singles = []
+
+    def piece(self) -> _Piece:
+        self._gather()
+        return _Piece(_origin(self.entries, self.counts, [0] * len(self.entries)), pa.concat_arrays(self.arrays))
+
+
+def _json_pieces(entries: Sequence[Arrival], bodies: Bodies) -> Iterator[_Piece]:
+    held = _Held()
+    for entry in entries:
+        body = bodies(entry)
+        if entry.format == "ndjson" and not isinstance(body, bytes):
+            if held.entries:
+                yield held.piece()
+                held = _Held()
+            yield from _large_pieces(entry, body)
+            continue
+        held.add(entry, _read(body))
+        if held.bytes >= _PIECE_BYTES:
+            yield held.piece()
+            held = _Held()
+    if held.entries:
+        yield held.piece()
+
+
+def _large_pieces(entry: Arrival, body: Path | IO[bytes]) -> Iterator[_Piece]:
+    first = 0
+    with body.open("rb") if isinstance(body, Path) else body as file:
+        for part in _pieces_of_file(file):
+            texts = _lines(part, b"\n")
+            yield _Piece(_origin([entry], [len(texts)], [first]), texts)
+            first += len(texts)
+
+
+def _pieces(entries: Sequence[Arrival], bodies: Bodies) -> Iterator[_Piece]:
+    """The records of ``entries`` in order of arrival, in pieces of bounded size."""
+    run: list[Arrival] = []
+    for entry in entries:
+        if entry.format in ("json", "ndjson"):
+            run.append(entry)
+            continue
+        yield from _json_pieces(run, bodies)
+        run = []
+        first = 0
+        body = bodies(entry)
+        for rows in read_table(entry.format, body if isinstance(body, bytes | Path) else body.read()):
+            yield _Piece(_origin([entry], [rows.num_rows], [first]), rows=rows)
+            first += rows.num_rows
+    yield from _json_pieces(run, bodies)
+
+
+def _ids(origin: pa.RecordBatch, batch: pa.RecordBatch) -> pa.Array:
+    """``_id`` of each record: the value of the caller's key column as text, else receipt and index."""
+    index = pc.utf8_lpad(origin.column("index").cast(pa.string()), 8, "0")
+    made = pc.binary_join_element_wise(origin.column("receipt"), index, "-")
+    for key in pc.unique(origin.column("key").drop_null()).to_pylist():
+        if key in batch.schema.names and not pa.types.is_nested(batch.schema.field(key).type):
+            mine = pc.fill_null(pc.equal(origin.column("key"), key), False)
+            given = batch.column(key).cast(pa.string())
+            made = pc.if_else(pc.and_(mine, given.is_valid()), given, made)
+    return made
+
+
+def _with_system(batch: pa.RecordBatch, origin: pa.RecordBatch, raw: pa.Array) -> pa.RecordBatch:
+    source = pa.StructArray.from_arrays(
+        [pa.repeat("upload", batch.num_rows), origin.column("receipt"), origin.column("at")], fields=list(_SOURCE)
+    )
+    columns = [_ids(origin, batch), source, origin.column("at"), raw]
+    return pa.RecordBatch.from_arrays([*batch.columns, *columns], schema=pa.schema([*batch.schema, *SYSTEM]))
+
+
+def user_schema(schema: pa.Schema | None) -> pa.Schema:
+    """The user columns of a dataset's schema; none before its first version."""
+    return pa.schema([f for f in schema or pa.schema([]) if f.name not in SYSTEM_COLUMNS])
+
+
+@dataclass
+class Projected:
+    """One piece after projection: its accepted rows with system columns, and what was refused."""
+
+    batch: pa.RecordBatch
+    schema: pa.Schema
+    widened: tuple[str, ...]
+    refused: list[dict[str, Any]]
+
+
+def projected(entries: Sequence[Arrival], bodies: Bodies, schema: pa.Schema) -> Iterator[Projected]:
+    """The rows of ``entries`` piece by piece, each under the schema that all before it made of ``schema``."""
+    for piece in _pieces(entries, bodies):
+        rows = piece.rows
+        made = project_json(piece.texts, schema) if rows is None else project_table(rows, schema)
+        schema = made.schema
+        some = len(made.accepted) < piece.origin.num_rows
+        take = pa.array(made.accepted)
+        origin = piece.origin.take(take) if some else piece.origin
+        if rows is None:
+            raw = (piece.texts.take(take) if some else piece.texts).cast(pa.string())
+        else:
+            raw = pa.nulls(made.batch.num_rows, pa.string())
+        yield Projected(_with_system(made.batch, origin, raw), schema, made.widened, _refusals(piece, made))
+
+
+@dataclass
+class Gathered:
+    """All rows of some uploads: batches under schemas that grew, the last schema, and what was refused or widened."""
+
+    schema: pa.Schema
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    widened: set[str] = field(default_factory=set)
+
+
+def gather(entries: Sequence[Arrival], bodies: Bodies, schema: pa.Schema) -> Gathered:
+    """Project all of ``entries``."""
+    gathered = Gathered(schema)
+    for part in projected(entries, bodies, schema):
+        gathered.schema = part.schema
+        gathered.widened.update(part.widened)
+        gathered.refused.extend(part.refused)
+        if part.batch.num_rows:
+            gathered.batches.append(part.batch)
+    return gathered
+
+
+def _refusals(piece: _Piece, made: Projection) -> list[dict[str, Any]]:
+    if not made.refused:
+        return []
+    where = pa.array([r.index for r in made.refused], pa.int64())
+    origins = piece.origin.take(where).to_pylist()
+    if piece.rows is None:
+        texts = piece.texts.take(where).to_pylist()
+    else:
+        texts = [to_json(row).decode() for row in piece.rows.take(where).to_pylist()]
+    return [
+        {
+            "id": f"{origin['receipt']}-{origin['index']:08d}",
+            "rule": "schema",
+            "field": refused.field,
+            "value": refused.value,
+            "reason": refused.reason,
+            "record": text,
+            "source": {"source": "upload", "locator": origin["receipt"], "collected_at": origin["at"]},
+            "seq": origin["seq"],
+        }
+        for refused, origin, text in zip(made.refused, origins, texts, strict=True)
+    ]

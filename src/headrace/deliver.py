@@ -1,0 +1,227 @@
+"""What leaves the exchange towards a trainer: manifests, signed URLs, and the way back from a step to its sources."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace import reading
+from headrace.catalog import Catalog
+from headrace.errors import BadRequest, Forbidden, NotFound
+from headrace.model import FileEntry, Manifest, Ref, TracedRow, Version
+from headrace.order import Order, Shuffle
+from headrace.root import Root
+from headrace.settings import integer
+from headrace.store.parquet import read_batches
+from headrace.store.types import decode_schema, describe, encode_schema, to_stored
+
+TRACED_MAX = 100_000
+
+
+def manifest(catalog: Catalog, ref: Ref, columns: Sequence[str] | None, page_token: str | None) -> Manifest:
+    """One page of the files behind a ref; positions count from the first row of the ref's split."""
+    version = catalog.resolve(ref)
+    whole = decode_schema(catalog.details(version.dataset, version.version)[0])
+    names = list(columns) if columns is not None else [f.name for f in whole if not f.name.startswith("_")]
+    unknown = [name for name in names if name not in whole.names]
+    if unknown:
+        raise BadRequest(f"{version.ref} has no column {unknown[0]!r}", hint=f"its columns: {', '.join(whole.names)}")
+    schema = pa.schema([whole.field(name) for name in names])
+    first = _split_start(catalog, version, ref.split)
+    limit = integer("manifest_page_files")
+    after = -1 if page_token is None else _page(page_token)
+    files = catalog.files(version.dataset, version.version, ref.split, after, limit)
+    more = str(files[-1].start) if len(files) == limit else None
+    return Manifest(
+        dataset=version.dataset,
+        version=version.version,
+        fingerprint=_fingerprint(version, ref.split),
+        schema=describe(schema),
+        arrow_schema=encode_schema(schema),
+        rows=version.rows if ref.split is None else version.splits[ref.split],
+        block_rows=version.block_rows,
+        files=tuple(replace(entry, start=entry.start - first, path="") for entry in files),
+        split=ref.split,
+        next_page_token=more,
+    )
+
+
+def _page(token: str) -> int:
+    if not token.isdecimal() or len(token) > 18:
+        raise BadRequest("the page_token is not one of ours", hint="use next_page_token of the last page")
+    return int(token)
+
+
+def _fingerprint(version: Version, split: str | None) -> str:
+    """The content hash; a split's is bound to its name, as its rows are fixed by the content and the name."""
+    if split is None:
+        return version.fingerprint
+    return hashlib.sha256(f"{version.fingerprint}:{split}".encode()).hexdigest()
+
+
+def _split_start(catalog: Catalog, version: Version, split: str | None) -> int:
+    if split is None:
+        return 0
+    first = catalog.files(version.dataset, version.version, split, limit=1)
+    return first[0].start if first else 0
+
+
+class Signer:
+    """Signs file ids for a principal and a time with the key of the root, which is made on first use."""
+
+    def __init__(self, root: Root) -> None:
+        self._key = _key(root.keys / "urls")
+
+    def sign(self, file_id: str, principal: str) -> tuple[int, str]:
+        """When the signature ends (seconds since 1970), and the signature."""
+        expires = int(time.time()) + integer("url_seconds")
+        return expires, self._mac(file_id, expires, principal)
+
+    def check(self, file_id: str, expires: int, principal: str, signature: str) -> None:
+        """Raise Forbidden unless ``sign`` made this signature and its time is not over."""
+        good = hmac.compare_digest(self._mac(file_id, expires, principal).encode(), signature.encode())
+        if not good or expires < time.time():
+            raise Forbidden(
+                "the URL of this file has expired" if good else "the signature of this URL is not valid",
+                hint="POST /v1/files:sign gives a new one",
+            )
+
+    def _mac(self, file_id: str, expires: int, principal: str) -> str:
+        text = f"{file_id}\n{expires}\n{principal}".encode()
+        return hmac.new(self._key, text, hashlib.sha256).hexdigest()
+
+
+def _key(path: Path) -> bytes:
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        return path.read_bytes()
+    key = secrets.token_bytes(32)
+    with os.fdopen(handle, "wb") as file:
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+    return key
+
+
+def trace(
+    root: Root,
+    catalog: Catalog,
+    ref: Ref,
+    *,
+    step: int | None,
+    row: str | None,
+    source: str | None,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    world_size: int,
+    shuffle: Shuffle,
+) -> list[TracedRow]:
+    """The rows of a training step; or those with an ``_id`` or source locator, and the step and rank that saw them."""
+    if sum(asked is not None for asked in (step, row, source)) != 1:
+        raise BadRequest("ask for a step, a row or a source", hint="give exactly one of step, row, source")
+    version = catalog.resolve(ref)
+    rows = version.rows if ref.split is None else version.splits[ref.split]
+    if batch_size * world_size > TRACED_MAX:
+        raise BadRequest(f"a step of {batch_size * world_size} rows is too large", hint=f"at most {TRACED_MAX}")
+    order = Order(rows, seed, epoch, shuffle, version.block_rows)
+    if step is not None:
+        if not 0 <= step < order.steps(batch_size, world_size, drop_last=False):
+            raise BadRequest(
+                f"step {step} is beyond the epoch",
+                hint=f"{version.ref} has {rows} rows, {batch_size * world_size} per step",
+            )
+        places = np.concatenate(
+            [order.batch_positions([step], batch_size, r, world_size)[0] for r in range(world_size)]
+        )
+        wanted = order.rows_at(places)
+        ranks = np.repeat(np.arange(world_size), batch_size)
+        found = _rows(root, catalog, version, ref.split, wanted)
+        return [replace(found[int(w)], rank=int(r), step=step) for w, r in zip(wanted, ranks, strict=True)]
+    found = _search(root, catalog, version, ref.split, row, source)
+    if not found:
+        raise NotFound(f"{version.ref} has no such row", hint="an _id or a source locator is compared whole")
+    positions = order.position_of(np.array(sorted(found)))
+    together = batch_size * world_size
+    return [
+        replace(found[at], step=int(p) // together, rank=int(p) % together // batch_size)
+        for at, p in zip(sorted(found), positions, strict=True)
+    ]
+
+
+def _columns(version: Version) -> list[str]:
+    held = {column["name"] for column in version.schema}
+    return [name for name in ("_id", "_source", "_sources") if name in held]
+
+
+def _stored(catalog: Catalog, version: Version) -> pa.Schema:
+    return to_stored(decode_schema(catalog.details(version.dataset, version.version)[0]))
+
+
+def _rows(root: Root, catalog: Catalog, version: Version, split: str | None, wanted: Any) -> dict[int, TracedRow]:
+    """The rows at some positions, reading only the row groups that hold them."""
+    files = catalog.files(version.dataset, version.version, split)
+    starts = [0, *accumulate(entry.rows for entry in files)]
+    schema, columns = _stored(catalog, version), _columns(version)
+    found: dict[int, TracedRow] = {}
+    for position in sorted({int(w) for w in wanted}):
+        if position in found:
+            continue
+        number = int(np.searchsorted(starts, position, "right")) - 1
+        path = reading.paths_of(root, version.dataset, [files[number]])
+        batch = next(read_batches(path, schema, columns, 1, position - starts[number], 1))
+        found[position] = _traced(position, batch.to_pylist()[0])
+    return found
+
+
+def _search(
+    root: Root, catalog: Catalog, version: Version, split: str | None, row: str | None, source: str | None
+) -> dict[int, TracedRow]:
+    files: Sequence[FileEntry] = catalog.files(version.dataset, version.version, split)
+    schema, columns = _stored(catalog, version), _columns(version)
+    found: dict[int, TracedRow] = {}
+    start = 0
+    for batch in read_batches(reading.paths_of(root, version.dataset, files), schema, columns):
+        for index in np.flatnonzero(_matches(batch, row, source)).tolist():
+            found[start + index] = _traced(start + index, batch.slice(index, 1).to_pylist()[0])
+            if len(found) > TRACED_MAX:
+                raise BadRequest("too many rows match", hint="trace an _id, or a narrower source")
+        start += batch.num_rows
+    return found
+
+
+def _matches(batch: pa.RecordBatch, row: str | None, source: str | None) -> Any:
+    if source is not None:
+        hit = pc.equal(pc.struct_field(batch.column("_source"), "locator"), source)
+    else:
+        hit = pc.equal(batch.column("_id"), row)
+        if "_sources" in batch.schema.names:
+            packed = batch.column("_sources")
+            ids = pc.struct_field(pc.list_flatten(packed), "id")
+            owners = pc.list_parent_indices(packed).filter(pc.fill_null(pc.equal(ids, row), False))
+            hit = pc.or_(pc.fill_null(hit, False), pc.is_in(pa.array(range(batch.num_rows)), owners.cast(pa.int64())))
+    return pc.fill_null(hit, False).to_numpy(zero_copy_only=False)
+
+
+def _traced(position: int, row: Mapping[str, Any]) -> TracedRow:
+    source = row.get("_source")
+    sources: list[dict[str, Any]] = []
+    if row.get("_sources") is not None:
+        sources = [dict(part) for part in row["_sources"]]
+    elif source is not None:
+        when = source.get("collected_at")
+        sources = [{**source, "id": row["_id"], "collected_at": when.isoformat() if when is not None else None}]
+    return TracedRow(position, row["_id"], tuple(sources))
