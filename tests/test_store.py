@@ -518,11 +518,25 @@ def test_checkpoints_keep_a_long_log_readable(tmp_path: Path) -> None:
         table.create_or_append([put(table, f"f{k}", people(k, 1), k)], schema, ("inbox", k), {"k": k})
     log = tmp_path / "t/_delta_log"
     assert list(log.glob("*.checkpoint.parquet"))
+    (log / f"{3:020d}.json").rename(tmp_path / "aside.json")
     again = Table(tmp_path / "t")
+    assert again.files() == table.files(), "a checkpoint spares reading the commits below it"
+    (tmp_path / "aside.json").rename(log / f"{3:020d}.json")
     assert (again.version, again.transaction("inbox")) == (CHECKPOINT_COMMITS + 2, CHECKPOINT_COMMITS + 2)
     assert [row["id"] for row in rows(again)] == list(range(CHECKPOINT_COMMITS + 3))
     assert [commit.meta["k"] for commit in again.history()] == list(range(CHECKPOINT_COMMITS + 3))
     assert deltalake.DeltaTable(str(tmp_path / "t")).count() == CHECKPOINT_COMMITS + 3
+
+
+def test_a_commit_that_reads_otherwise_elsewhere_is_damage(tmp_path: Path) -> None:
+    table = Table(tmp_path / "t")
+    table.create_or_append([put(table, "a", people(0, 1))], people(0, 1).schema)
+    table.create_or_append([put(table, "b", people(1, 1), 1)], people(0, 1).schema)
+    first = tmp_path / "t/_delta_log/00000000000000000000.json"
+    first.write_text(first.read_text().replace('"a.parquet"', '"z.parquet"'))
+    wide = people(2, 1).append_column("age", pa.array([7]))
+    with pytest.raises(Damaged, match="reads otherwise"):
+        table.create_or_append([put(table, "c", wide, 2)], wide.schema)
 
 
 def test_another_tools_commits_are_read_and_its_upgrades_refused(tmp_path: Path) -> None:

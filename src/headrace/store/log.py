@@ -86,6 +86,26 @@ class Commit:
     meta: Mapping[str, Any] = field(default_factory=dict)
     added: tuple[DataFile, ...] = ()
     removed: tuple[str, ...] = ()
+    table: Mapping[str, Any] | None = None
+    protocol: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A table at one version: live files by path, transactions, the ``metaData`` and ``protocol`` in force."""
+
+    version: int = -1
+    live: Mapping[str, DataFile] = field(default_factory=dict)
+    app: Mapping[str, int] = field(default_factory=dict)
+    table: Mapping[str, Any] = field(default_factory=dict)
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    def after(self, commit: Commit) -> State:
+        """The state that the next commit makes."""
+        live = {path: file for path, file in self.live.items() if path not in commit.removed}
+        live.update((file.path, file) for file in commit.added)
+        table, protocol = commit.table or self.table, commit.protocol or self.protocol
+        return State(commit.version, live, {**self.app, **commit.app}, table, protocol)
 
 
 def _parse(version: int, text: bytes) -> Commit:
@@ -103,6 +123,24 @@ def _parse(version: int, text: bytes) -> Commit:
         meta=json.loads(info.get(META) or "{}"),
         added=tuple(DataFile.from_add(action["add"]) for action in actions if "add" in action),
         removed=tuple(action["remove"]["path"] for action in actions if "remove" in action),
+        table=next((action["metaData"] for action in actions if "metaData" in action), None),
+        protocol=next((action["protocol"] for action in actions if "protocol" in action), None),
+    )
+
+
+def _from_checkpoint(version: int, path: Path) -> State:
+    """The state that a checkpoint holds. Maps come from Parquet as lists of pairs."""
+    rows = pq.ParquetFile(path).read(columns=["add", "txn", "metaData", "protocol"]).to_pylist()
+    adds = [row["add"] for row in rows if row["add"]]
+    files = [DataFile.from_add({**add, "tags": dict(add.get("tags") or ())}) for add in adds]
+    txns = [row["txn"] for row in rows if row["txn"]]
+    table = next(row["metaData"] for row in rows if row["metaData"])
+    return State(
+        version=version,
+        live={file.path: file for file in files},
+        app={txn["appId"]: int(txn["version"]) for txn in txns},
+        table={**table, "configuration": dict(table.get("configuration") or ())},
+        protocol=next(row["protocol"] for row in rows if row["protocol"]),
     )
 
 
@@ -132,6 +170,18 @@ class Log:
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             message = f"commit {version} of {self.folder.parent.name} cannot be read: {error}"
             raise Damaged(message, hint="restore the table's _delta_log from a backup") from None
+
+    def load(self) -> State:
+        """The newest state: that of the newest checkpoint, and the commits after it."""
+        version = self.last_checkpoint()
+        whole = self.folder / f"{version:020d}.checkpoint.parquet"
+        return self.advance(_from_checkpoint(version, whole) if whole.is_file() else State())
+
+    def advance(self, state: State) -> State:
+        """The state after the commits made since ``state``."""
+        while self.path(state.version + 1).exists():
+            state = state.after(self.read(state.version + 1))
+        return state
 
     def since(self, version: int, until: int) -> Iterator[Commit]:
         """The commits after ``version`` up to and with ``until``, oldest first."""

@@ -10,12 +10,14 @@
   ``.recover() -> list[Path]``: what an interrupted commit left behind, moved aside
 ``Commit(version, timestamp_ms, app, meta, added, removed)``: ``app`` is {app_id: version}, ``meta`` the dict given
 
-Data files are flushed first, then the commit (see ``log.py``). delta-rs reads the table, makes checkpoints, and reads
-back what was committed. It flushes nothing and checks neither files nor types, so the log's lines are written here.
+Data files are flushed first, then the commit (see ``log.py``). delta-rs flushes nothing and checks neither files nor
+types, so the log's lines are written and read here; it makes the checkpoints, and it reads back what other readers will
+see, whenever the schema or the whole table changes and at each checkpoint (more would slow commits down as files grow).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -32,7 +34,7 @@ from deltalake.exceptions import DeltaError
 
 from headrace.errors import BadRequest, Busy, Conflict, Damaged, NotFound
 from headrace.store.disk import DISK, Disk
-from headrace.store.log import META, Commit, DataFile, Log
+from headrace.store.log import META, Commit, DataFile, Log, State
 from headrace.store.parquet import write_file
 from headrace.store.types import to_stored, true_schema, type_text
 
@@ -40,6 +42,7 @@ __all__ = ["CHECKPOINT_COMMITS", "Commit", "DataFile", "Table"]
 
 CHECKPOINT_COMMITS = 50
 _TRIES = 200
+_DOCTOR = "run 'headrace doctor'"
 _CONFIGURATION = {
     "delta.checkpointInterval": str(CHECKPOINT_COMMITS),
     "delta.enableExpiredLogCleanup": "false",
@@ -69,10 +72,9 @@ class Table:
         self.disk = disk
         self._log = Log(self.path, disk)
         self._lock = threading.Lock()
-        self._handle: DeltaTable | None = None
+        self._state: State | None = None
         self._recovered = False
-        self._live: dict[str, DataFile] = {}
-        self._replayed = -1
+        self._checkpoint = -1
 
     def exists(self) -> bool:
         """Whether a first commit stands."""
@@ -82,13 +84,13 @@ class Table:
     def version(self) -> int | None:
         """The newest Delta version, or None before the first commit."""
         with self._lock:
-            handle = self._open()
-            return None if handle is None else int(handle.version())
+            state = self._open()
+            return None if state is None else state.version
 
     def schema(self) -> pa.Schema:
         """The stored schema, with true types in field metadata. Raises NotFound without a table."""
         with self._lock:
-            return self._schema(self._present())
+            return _schema(self._present())
 
     def file(self, path: str) -> Path:
         """Where a data file lies."""
@@ -97,28 +99,29 @@ class Table:
     def files(self, version: int | None = None) -> list[DataFile]:
         """The live files by position of their first row, of the newest or an older Delta version."""
         with self._lock:
-            newest = int(self._present().version())
-            if version is not None and not 0 <= version <= newest:
-                raise NotFound(f"the table has no Delta version {version}", hint=f"the newest is {newest}")
-            live = self._replay(newest) if version is None else _fold({}, self._log.since(-1, version))
-            return sorted(live.values(), key=lambda file: (file.start, file.path))
+            state = self._present()
+            if version is not None and not 0 <= version <= state.version:
+                raise NotFound(f"the table has no Delta version {version}", hint=f"the newest is {state.version}")
+            if version is not None:
+                state = functools.reduce(State.after, self._log.since(-1, version), State())
+            return sorted(state.live.values(), key=lambda file: (file.start, file.path))
 
     def transaction(self, app_id: str) -> int | None:
         """The newest transaction version committed for ``app_id``."""
         with self._lock:
-            handle = self._open()
-            return None if handle is None else handle.transaction_version(app_id)
+            state = self._open()
+            return None if state is None else state.app.get(app_id)
 
     def history(self, since: int = -1) -> list[Commit]:
         """The commits later than Delta version ``since``, oldest first."""
         with self._lock:
-            handle = self._open()
-            return [] if handle is None else list(self._log.since(since, int(handle.version())))
+            state = self._open()
+            return [] if state is None else list(self._log.since(since, state.version))
 
     def recover(self) -> list[Path]:
         """Move aside commits and checkpoints that a power loss tore. The first use of a Table does this too."""
         with self._lock:
-            self._handle, self._live, self._replayed = None, {}, -1
+            self._state = None
             moved = self._log.recover()
             self._recovered = True
             return moved
@@ -176,48 +179,45 @@ class Table:
         self._check_files(change)
         with self._lock:
             for _ in range(_TRIES):
-                handle = self._open()
-                if handle is not None and (done := self._done(handle, change.app)) is not None:
-                    return done
-                standing = -1 if handle is None else int(handle.version())
-                if change.expected is not None and change.expected != standing:
-                    raise Conflict(
-                        f"the table stands at version {standing}, not {change.expected}", hint="read it again and retry"
-                    )
-                if handle is not None and standing - self._log.last_checkpoint() >= CHECKPOINT_COMMITS:
-                    handle.create_checkpoint()
-                    self._log.sync_checkpoint()
+                state = self._open() or State()
+                if change.app is not None and state.app.get(change.app[0], -1) >= change.app[1]:
+                    return self._done(state, change.app)
+                if change.expected is not None and change.expected != state.version:
+                    message = f"the table stands at version {state.version}, not {change.expected}"
+                    raise Conflict(message, hint="read it again and retry")
+                if state.version - self._checkpoint >= CHECKPOINT_COMMITS:
+                    self._make_checkpoint(state)
+                actions = self._actions(state, change)
                 try:
-                    text = self._log.write(standing + 1, self._actions(handle, change))
+                    text = self._log.write(state.version + 1, actions)
                 except FileExistsError:
                     continue
-                self._read_back(standing + 1, text, change)
-                return standing + 1
+                self._read_back(state.version + 1, text)
+                return state.version + 1
         raise Busy("other writers keep committing to this table", hint="retry later", details={"retry_after": 1})
 
-    def _done(self, handle: DeltaTable, app: tuple[str, int] | None) -> int | None:
-        """The version that already carries ``app``, made durable; None if it is not committed."""
-        if (
-            app is None
-            or (handle.transaction_version(app[0]) or -1) < app[1]
-            or handle.transaction_version(app[0]) is None
-        ):
-            return None
-        found = int(handle.version())
-        for version in range(found, -1, -1):
+    def _make_checkpoint(self, state: State) -> None:
+        """Before a commit, not after it: a failure here must not look like one of the commit."""
+        self._checkpoint = self._log.last_checkpoint()
+        if state.version - self._checkpoint >= CHECKPOINT_COMMITS:
+            self._look(state).create_checkpoint()
+            self._log.sync_checkpoint()
+            self._checkpoint = state.version
+
+    def _done(self, state: State, app: tuple[str, int]) -> int:
+        """The version that already carries ``app``, made durable: the oldest commit at or beyond its version."""
+        found = state.version
+        for version in range(state.version, -1, -1):
             carried = self._log.read(version).app.get(app[0])
-            if carried is not None and carried < app[1]:
-                break
-            if carried is not None:
+            if carried is not None and carried >= app[1]:
                 found = version
-                if carried == app[1]:
-                    break
+            if carried is not None and carried <= app[1]:
+                break
         self._log.sync(found)
         return found
 
-    def _actions(self, handle: DeltaTable | None, change: _Change) -> list[dict[str, Any]]:
-        now = time.time_ns() // 1_000_000
-        live = {} if handle is None else self._replay(int(handle.version()))
+    def _actions(self, state: State, change: _Change) -> list[dict[str, Any]]:
+        now, live = time.time_ns() // 1_000_000, state.live
         added = [file for file in change.files if not (change.replace and file.path in live)]
         again = [file.path for file in (*added, *change.compacted) if file.path in live]
         gone = [path for path in change.removes if path not in live]
@@ -225,36 +225,15 @@ class Table:
             text = f"already in the table: {again[:3]}" if again else f"no longer in the table: {gone[:3]}"
             raise Conflict(f"data files are {text}", hint="read the table again and retry")
         kept = {file.path for file in change.files}
-        removed = (
-            [live[path] for path in live if path not in kept]
-            if change.replace
-            else [live[path] for path in change.removes]
-        )
+        removed = [path for path in live if path not in kept] if change.replace else change.removes
         mode = "Overwrite" if change.replace else "Append"
         info = {"timestamp": now, "operation": "WRITE", "operationParameters": {"mode": mode}, "engineInfo": "headrace"}
-        actions: list[dict[str, Any]] = [{"commitInfo": {**info, META: change.meta}}, *self._shape(handle, change, now)]
+        actions: list[dict[str, Any]] = [{"commitInfo": {**info, META: change.meta}}, *_shape(state, change, now)]
         if change.app is not None:
             actions.append({"txn": {"appId": change.app[0], "version": change.app[1], "lastUpdated": now}})
-        actions += [file.remove_action(now, data_change=change.replace) for file in removed]
+        actions += [live[path].remove_action(now, data_change=change.replace) for path in removed]
         actions += [file.add_action(now, data_change=False) for file in change.compacted]
         return actions + [file.add_action(now, data_change=True) for file in added]
-
-    def _shape(self, handle: DeltaTable | None, change: _Change, now: int) -> list[dict[str, Any]]:
-        """The protocol of a new table, and the schema where it changes."""
-        if handle is None:
-            protocol: dict[str, Any] = {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}}
-            return [protocol, _metadata_action(str(uuid.uuid4()), now, _CONFIGURATION, change.schema)]
-        if handle.protocol().min_writer_version > 2:
-            raise Conflict(
-                "another tool upgraded this table to features that are not written here",
-                hint="publish to a new dataset",
-            )
-        before = self._schema(handle)
-        after = change.schema if change.replace else _wider(before, change.schema)
-        if after.equals(before, check_metadata=True):
-            return []
-        known = handle.metadata()
-        return [_metadata_action(str(known.id), int(known.created_time), dict(known.configuration), after)]
 
     def _check_files(self, change: _Change) -> None:
         if change.app is not None and change.app[1] < 0:
@@ -269,59 +248,69 @@ class Table:
                     f"data file {file.path} is missing or does not have {file.bytes} bytes", hint="write it again"
                 )
 
-    def _open(self) -> DeltaTable | None:
-        """The newest snapshot, or None without a table."""
+    def _open(self) -> State | None:
+        """The newest state, or None without a table."""
         if not self._recovered:
             self._log.recover()
             self._recovered = True
-        try:
-            if self._handle is not None:
-                self._handle.update_incremental()
-            elif self._log.last() is not None:
-                self._handle = DeltaTable(str(self.path))
-        except DeltaError as error:
-            self._handle = None
-            raise Damaged(f"table {self.path.name} cannot be opened: {error}", hint="run 'headrace doctor'") from None
-        return self._handle
+        known = self._state
+        if known is None or not self._log.path(known.version).exists():
+            state = self._log.load()
+        else:
+            state = self._log.advance(known)
+        self._state = None if state.version < 0 else state
+        return self._state
 
-    def _present(self) -> DeltaTable:
-        handle = self._open()
-        if handle is None:
+    def _present(self) -> State:
+        state = self._open()
+        if state is None:
             raise NotFound(f"table {self.path.name} has no commit yet")
+        return state
+
+    def _read_back(self, version: int, text: bytes) -> None:
+        """Raise Damaged unless the commit stands as it was meant, here and for any other reader."""
+        before = self._state.table if self._state else None
+        same = self.disk.read(self._log.path(version)) == text
+        state = self._open()
+        if not same or state is None or state.version < version:
+            raise Damaged(f"commit {version} does not read back as it was written", hint=_DOCTOR)
+        if state.table != before or version % CHECKPOINT_COMMITS == 0:
+            self._look(state)
+
+    def _look(self, state: State) -> DeltaTable:
+        """The table as delta-rs sees it. Raises Damaged if its files, columns or transactions differ from ``state``."""
+        try:
+            handle = DeltaTable(str(self.path), version=state.version)
+            seen = set(pa.table(handle.get_add_actions()).column("path").to_pylist())
+            columns = pa.schema(handle.schema().to_arrow())
+        except DeltaError as error:
+            raise Damaged(f"table {self.path.name} cannot be opened: {error}", hint=_DOCTOR) from None
+        txns = all(handle.transaction_version(app) == version for app, version in list(state.app.items())[-16:])
+        if seen != set(state.live) or not txns or not columns.equals(_schema(state)):
+            raise Damaged(
+                f"version {state.version} of {self.path.name} reads otherwise than it was written", hint=_DOCTOR
+            )
         return handle
 
-    def _schema(self, handle: DeltaTable) -> pa.Schema:
-        return to_stored(true_schema(pa.schema(handle.schema().to_arrow())))
 
-    def _replay(self, version: int) -> dict[str, DataFile]:
-        """The live files at ``version``, which never runs backwards within one Table."""
-        self._live = _fold(self._live, self._log.since(self._replayed, version))
-        self._replayed = version
-        return self._live
-
-    def _read_back(self, version: int, text: bytes, change: _Change) -> None:
-        """Look at the commit through delta-rs, as any other reader will. Raises Damaged if it is not what was meant."""
-        same = self.disk.read(self._log.path(version)) == text
-        handle = self._open()
-        if not same or handle is None or int(handle.version()) < version:
-            raise Damaged(f"commit {version} does not read back as it was written", hint="run 'headrace doctor'")
-        if int(handle.version()) > version:
-            return
-        wanted = {file.path for file in (*change.files, *change.compacted)}
-        seen = set(pa.table(handle.get_add_actions()).column("path").to_pylist())
-        if not wanted <= seen or seen & set(change.removes) or (change.replace and seen != wanted):
-            raise Damaged(f"commit {version} does not show the files that it holds", hint="run 'headrace doctor'")
-        if change.app is not None and handle.transaction_version(change.app[0]) != change.app[1]:
-            raise Damaged(f"commit {version} does not show its transaction", hint="run 'headrace doctor'")
+def _schema(state: State) -> pa.Schema:
+    return to_stored(true_schema(pa.schema(DeltaSchema.from_json(state.table["schemaString"]).to_arrow())))
 
 
-def _fold(live: dict[str, DataFile], commits: Iterable[Commit]) -> dict[str, DataFile]:
-    now = dict(live)
-    for commit in commits:
-        for path in commit.removed:
-            now.pop(path, None)
-        now.update((file.path, file) for file in commit.added)
-    return now
+def _shape(state: State, change: _Change, now: int) -> list[dict[str, Any]]:
+    """The protocol of a new table, and the schema where it changes."""
+    if state.version < 0:
+        protocol: dict[str, Any] = {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}}
+        return [protocol, _metadata_action(str(uuid.uuid4()), now, _CONFIGURATION, change.schema)]
+    if state.protocol["minWriterVersion"] > 2:
+        message = "another tool upgraded this table to features that are not written here"
+        raise Conflict(message, hint="publish to a new dataset")
+    before = _schema(state)
+    after = change.schema if change.replace else _wider(before, change.schema)
+    if after.equals(before, check_metadata=True):
+        return []
+    known = state.table
+    return [_metadata_action(known["id"], known.get("createdTime") or now, known.get("configuration") or {}, after)]
 
 
 def _meta_text(meta: Mapping[str, Any] | None) -> str:
