@@ -45,12 +45,21 @@ def _headrace(
     del version
 
 
+def _refused(problem: OSError) -> HeadraceError:
+    what = f": {problem.filename}" if problem.filename else ""
+    return HeadraceError(
+        f"{problem.strerror or type(problem).__name__}{what}", hint="`headrace doctor` looks for causes"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 done, 1 failed, 2 wrong usage, 3 not allowed, 4 not found, 5 conflict."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(given, prog_name="headrace")
-    except HeadraceError as error:
+    except (HeadraceError, OSError) as problem:
+        # What the machine refuses (a full disk, a missing right) is told like any other error.
+        error = problem if isinstance(problem, HeadraceError) else _refused(problem)
         verb = next((word for word in given if not word.startswith("-")), "")
         out.report(error, verb, "--json" in given)
         sys.exit(error.exit_code)
