@@ -1,6 +1,6 @@
 """Which split a row belongs to: arithmetic on the text of its ``_id`` alone, so a row keeps its split for ever.
 
-The hash is frozen. For an id of n UTF-8 bytes, cut into little-endian 64-bit words w_0, w_1, … (the last one padded with
+The hash is frozen. For an id of n UTF-8 bytes, cut into little-endian 64-bit words w_0, w_1, … (the last padded with
 zero bytes; an empty id is one zero word), all modulo 2**64, with G = 0x9E3779B97F4A7C15 and ``mix`` the finaliser of
 SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014):
 
@@ -32,9 +32,9 @@ _Offsets = npt.NDArray[np.int64]
 def assign(ids: pa.Array, fractions: Mapping[str, float]) -> pa.StringArray:
     """The split of each row, as names of ``fractions``; same length as ``ids`` (any string type).
 
-    With u = hash / 2**64 of an id, its split is the first in the mapping's order whose cumulative fraction exceeds u. So
-    it depends on nothing but the id and the fractions. Nulls and other types raise BadData, fractions that do not add
-    up to 1 BadRequest.
+    With u = hash / 2**64 of an id, its split is the first in the mapping's order whose cumulative fraction exceeds u.
+    So it depends on nothing but the id and the fractions. Nulls and other types raise BadData, fractions that do not
+    add up to 1 BadRequest.
     """
     names, bounds = _bounds(fractions)
     chosen = np.searchsorted(bounds, hashes(ids), side="right")

@@ -48,10 +48,20 @@ class Predicate:
             mask = self._root.run([reference.load(batch) for reference in self._references])
             if isinstance(mask, pa.Scalar):
                 return batch if mask.as_py() else batch.slice(0, 0)
-            return batch.filter(mask)
+            return _filtered(batch, mask)
         except pa.ArrowException as error:
             message = f"where cannot be computed on these rows: {error}"
             raise BadRequest(message, hint="leave out the rows or the arithmetic that overflow") from None
+
+
+def _filtered(batch: pa.RecordBatch, mask: pa.BooleanArray) -> pa.RecordBatch:
+    kinds = [field.type for field in batch.schema]
+    if not any(pa.types.is_string_view(kind) or pa.types.is_binary_view(kind) for kind in kinds):
+        return batch.filter(mask)
+    # Arrow cannot filter views: those columns take the way over their plain type.
+    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    fields = [field.with_type(plain.get(field.type, field.type)) for field in batch.schema]
+    return batch.cast(pa.schema(fields, batch.schema.metadata)).filter(mask).cast(batch.schema)
 
 
 def compile_where(text: str, schema: pa.Schema) -> Predicate:

@@ -51,8 +51,6 @@ def _widened(array: pa.Array) -> pa.Array:
         return _widened(array.storage)
     if pa.types.is_dictionary(kind):
         return _widened(array.cast(kind.value_type))
-    if pa.types.is_run_end_encoded(kind):
-        return _widened(pc.run_end_decode(array))
     if kind == pa.uint64():
         return array.cast(pa.decimal128(20, 0))
     if pa.types.is_integer(kind):

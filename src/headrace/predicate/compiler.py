@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 from functools import reduce
 from typing import Any
 
@@ -13,7 +12,7 @@ import pyarrow.compute as pc
 from sqlglot import exp
 
 from headrace.predicate.columns import Reference
-from headrace.predicate.nodes import Kernel, Node, aligned, call, cast, constant, numbers, whole_if_equal
+from headrace.predicate.nodes import Kernel, Node, aligned, call, cast, constant, numbers, whole, whole_if_equal
 from headrace.predicate.words import refused, shown
 
 _ROUND_MAX = 15
@@ -43,8 +42,9 @@ class Compiler:
     def column(self, tree: exp.Expression) -> Node:
         """A column by its number."""
         (name,) = _args(tree, "this")
-        if not isinstance(name, exp.Identifier):
-            raise refused("* is not allowed as a column", _start(tree))
+        # sqlglot takes a lone keyword such as IS for a column; the real ones are numbers in quotes.
+        if not isinstance(name, exp.Identifier) or not name.args.get("quoted"):
+            raise refused(f"{shown(tree.name)} cannot stand for a column", _start(tree))
         index = int(name.name)
         reference = self.references[index]
         return Node(reference.name, reference.type, lambda rows: rows[index])
@@ -232,10 +232,7 @@ def _literal(tree: exp.Expression, sign: str = "") -> Node:
     name = f"the number {sign}{text}"
     try:
         if text.isascii() and text.isdigit():
-            whole = int(sign + text)
-            if -(2**63) <= whole < 2**63:
-                return constant(pa.scalar(whole, pa.int64()), name)
-            return constant(pa.scalar(Decimal(whole), pa.decimal128(38, 0)), name)
+            return whole(int(sign + text), name)
         fraction = float(sign + text)
         if math.isfinite(fraction):
             return constant(pa.scalar(fraction, pa.float64()), name)

@@ -6,6 +6,7 @@ import datetime as dt
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ _KINDS: tuple[tuple[str, Callable[[pa.DataType], bool]], ...] = (
     ("time", lambda t: pa.types.is_date(t) or pa.types.is_timestamp(t)),
 )
 _ARTICLES = {"boolean": "a boolean", "number": "a number", "text": "text"}
+_UNITS = ("s", "ms", "us", "ns")
 _FINER_THAN_MICROSECONDS = re.compile(r"[.,]\d{6}\d*[1-9]")
 _CLASH_HINTS = {
     ("number", "text"): "write numbers without quotes, and text in single quotes",
@@ -55,6 +57,13 @@ class Node:
 def constant(value: pa.Scalar, name: str) -> Node:
     """A part that is the same for all rows."""
     return Node(name, value.type, lambda _: value, value)
+
+
+def whole(value: int, name: str) -> Node:
+    """A whole number: int64, or a decimal beyond; ArrowInvalid beyond 38 digits."""
+    if -(2**63) <= value < 2**63:
+        return constant(pa.scalar(value, pa.int64()), name)
+    return constant(pa.scalar(Decimal(value), pa.decimal128(38, 0)), name)
 
 
 def call(name: str, start: int | None, kernel: Kernel, *nodes: Node) -> Node:
@@ -108,8 +117,8 @@ def numbers(left: Node, right: Node, start: int | None) -> tuple[Node, Node]:
 def whole_if_equal(number: Node, other: Node) -> Node:
     """A constant such as 3.0 as 3 beside whole numbers, so that these are compared exactly beyond 2**53."""
     value = None if number.value is None else number.value.as_py()
-    if isinstance(value, float) and not pa.types.is_floating(other.type) and value.is_integer() and abs(value) < 2**63:
-        return constant(pa.scalar(int(value), pa.int64()), number.name)
+    if isinstance(value, float) and not pa.types.is_floating(other.type) and value.is_integer() and abs(value) < 1e37:
+        return whole(int(value), number.name)
     return number
 
 
@@ -123,9 +132,9 @@ def _times(left: Node, right: Node, start: int | None) -> tuple[Node, Node]:
     zoned = {bool(node.type.tz) for node in (left, right) if pa.types.is_timestamp(node.type)}
     if len(zoned) > 1:
         raise _clash(left, right, start, "only one of them has a time zone")
-    stamp = pa.timestamp("us", "UTC" if True in zoned else None)
-    made = [cast(node, stamp, start) if pa.types.is_date(node.type) else node for node in (left, right)]
-    return made[0], made[1]
+    units = [node.type.unit if pa.types.is_timestamp(node.type) else "us" for node in (left, right)]
+    finest = pa.timestamp(max(units, key=_UNITS.index), "UTC" if True in zoned else None)
+    return cast(left, finest, start), cast(right, finest, start)
 
 
 def _instant(node: Node, other: Node, start: int | None) -> Node:
