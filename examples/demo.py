@@ -24,6 +24,7 @@ import requests
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 from train import Trained, train_linear, train_transformer
 
 import headrace
@@ -84,6 +85,10 @@ def exchange(root: Path) -> Iterator[tuple[str, str]]:
             raise SystemExit(f"the exchange did not start:\n{log.read_text()}")
         _until(lambda: _healthy(url), START_SECONDS, "the exchange answers")
         yield url, token
+    except BaseException:
+        for line in log.read_text().splitlines()[-20:]:
+            console.print(line[-2000:], style="dim", markup=False)
+        raise
     finally:
         server.terminate()
         server.wait(30)
@@ -172,7 +177,8 @@ def run_recipe(ex: Session, name: str) -> Run:
     path = HERE / "recipes" / f"{name}.yaml"
     say(f"Running {path.relative_to(HERE.parent)}:")
     text = path.read_text()
-    console.print(Panel(text[text.index("clean:") : text.index("publish:")].rstrip(), border_style="dim"))
+    shown = Text(text[text.index("clean:") : text.index("publish:")].rstrip())
+    console.print(Panel(shown, border_style="dim"))
     began = time.perf_counter()
     run = ex.run(path)
     show_run(run, time.perf_counter() - began)
@@ -222,7 +228,7 @@ def tables(ex: Session, url: str, token: str, cache: str) -> None:
     losses(train_linear(f"{url}/patients@gold", token, cache, 12, report), "samples")
 
 
-def text(ex: Session, url: str, token: str, cache: str) -> None:
+def prose(ex: Session, url: str, token: str, cache: str) -> None:
     """Chapter two: prose from files, to a Transformer."""
     chapter("2. Text: from 90 speeches to a Transformer")
     say("78 State of the Union addresses, 1946 to 2021, and a second delivery that repeats ten of them.")
@@ -300,7 +306,7 @@ def main() -> int:
         with exchange(place) as (url, token), headrace.connect(url, token) as ex:
             say(f"It listens at {url} (health: {requests.get(f'{url}/healthz', timeout=5).status_code}).")
             tables(ex, url, token, str(scratch / "cache"))
-            text(ex, url, token, str(scratch / "cache"))
+            prose(ex, url, token, str(scratch / "cache"))
             where_things_are(ex, url, token, place, kept=root is not None)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
