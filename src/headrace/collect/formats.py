@@ -43,6 +43,7 @@ __all__ = [
     "format_of_type",
     "loads",
     "read_table",
+    "record_problem",
     "split_json",
     "table_schema",
 ]
@@ -155,8 +156,8 @@ def _too_deep(text: bytes, limit: int) -> str | None:
     return f"nested deeper than {limit} levels"
 
 
-def _problem(text: bytes, limit: int) -> str | None:
-    """Why one JSON text is no record, or None."""
+def record_problem(text: bytes, limit: int) -> str | None:
+    """Why one JSON text is no record of at most ``limit`` levels, or None if it is one."""
     deep = _too_deep(text, limit)
     if deep:
         return deep
@@ -210,7 +211,7 @@ def split_json(body: bytes, single: bool = False, limits: Limits | None = None) 
         raise TooLarge(f"a JSON body is at most {limits.bytes} bytes", hint="send many records as application/x-ndjson")
     text = _unmarked(body).strip(_BLANK)
     if not text.startswith(b"["):
-        problem = _problem(text, limits.depth) if text else "the body is empty"
+        problem = record_problem(text, limits.depth) if text else "the body is empty"
         if problem:
             raise BadData(problem, hint="send one JSON object, or an array of objects", details={"index": 0})
         return Records([text], [])
@@ -219,7 +220,7 @@ def split_json(body: bytes, single: bool = False, limits: Limits | None = None) 
         return Records(lines, [])
     records = Records([], [])
     for index, element in enumerate(_elements(text)):
-        problem = _problem(element, limits.depth)
+        problem = record_problem(element, limits.depth)
         if problem is None:
             records.texts.append(element)
         elif single:
@@ -356,7 +357,9 @@ def check_lines(text: bytes, limits: Limits) -> tuple[bytes, int, list[RowError]
         record = line.strip(_BLANK)
         if not record:
             continue
-        problem = f"longer than {limits.bytes} bytes" if len(record) > limits.bytes else _problem(record, limits.depth)
+        problem = (
+            f"longer than {limits.bytes} bytes" if len(record) > limits.bytes else record_problem(record, limits.depth)
+        )
         if problem is None:
             good.append(record)
         else:
@@ -476,8 +479,7 @@ _CSV_CODE = r"^[-+]?0[0-9]|^[-+]?[0-9]{19}"
 
 
 def _csv_schema(format: str, source: Source) -> pa.Schema:
-    with _open(source) as file:
-        names = _csv_header(file, format)
+    names = csv_names(format, source)
     kinds: dict[str, int] = {}
     with _open(source) as file:
         for batch in _csv_reader(file, format, dict.fromkeys(names, pa.string())):
@@ -499,10 +501,12 @@ def _csv_kind(column: pa.Array, before: int | None) -> int:
     return _TEXT
 
 
-def _csv_header(file: pa.NativeFile, format: str) -> list[str]:
+def csv_names(format: str, source: Source) -> list[str]:
+    """The column names in the first line of a CSV or TSV body; raises BadData."""
     options = pa_csv.ParseOptions(delimiter="\t" if format == "tsv" else ",", newlines_in_values=True)
     read = pa_csv.ReadOptions(block_size=settings.integer("batch_bytes"), use_threads=False)
-    names: list[str] = pa_csv.open_csv(file, read_options=read, parse_options=options).schema.names
+    with _readable(format), _open(source) as file:
+        names: list[str] = pa_csv.open_csv(file, read_options=read, parse_options=options).schema.names
     if any(not name.strip() for name in names) or all(re.match(_FLOAT, name) for name in names):
         raise BadData("the first line does not name the columns", hint="a CSV body begins with a header")
     _assert_names(names)

@@ -71,16 +71,18 @@ class Projection:
 # ---------------------------------------------------------------------------------------------- the fold
 
 
-def project_json(texts: pa.Array | Sequence[bytes], schema: pa.Schema) -> Projection:
+def project_json(texts: pa.Array | Sequence[bytes], schema: pa.Schema, fixed: bool = False) -> Projection:
     """Project JSON texts, each accepted by ``formats`` as one object, under ``schema`` (user columns, may be empty).
 
-    A text that is no JSON object after all is refused too. At most 2 GiB of text at once.
+    A text that is no JSON object after all is refused too. At most 2 GiB of text at once. With ``fixed`` the schema
+    stands: a record that would change it is refused.
     """
     user = pa.schema([f for f in schema if f.name not in SYSTEM_COLUMNS])
-    return _project_fast(texts, user) or project_slowly(texts, user)
+    fast = _project_fast(texts, user)
+    return fast if fast and not (fixed and fast.schema != user) else project_slowly(texts, user, fixed)
 
 
-def project_slowly(texts: pa.Array | Sequence[bytes], schema: pa.Schema) -> Projection:
+def project_slowly(texts: pa.Array | Sequence[bytes], schema: pa.Schema, fixed: bool = False) -> Projection:
     """``project_json`` record by record: the reference that the fast path must equal."""
     kinds = object_of(schema)
     accepted: list[int] = []
@@ -88,7 +90,7 @@ def project_slowly(texts: pa.Array | Sequence[bytes], schema: pa.Schema) -> Proj
     limit = settings.integer("columns_max")
     for index, text in enumerate(_each(texts)):
         try:
-            kinds = _grown_by(kinds, text, limit)
+            kinds = _grown_by(kinds, text, limit, fixed)
         except Contradiction as no:
             refused.append(Refused(index, no.path or None, short_text(no.value), no.reason))
         else:
@@ -99,7 +101,7 @@ def project_slowly(texts: pa.Array | Sequence[bytes], schema: pa.Schema) -> Proj
     return Projection(batch, grown, rows, refused, widened_columns(schema, grown))
 
 
-def _grown_by(kinds: Object, text: bytes, limit: int) -> Object:
+def _grown_by(kinds: Object, text: bytes, limit: int, fixed: bool) -> Object:
     try:
         record = formats.loads(text)
     except ValueError as error:
@@ -107,6 +109,10 @@ def _grown_by(kinds: Object, text: bytes, limit: int) -> Object:
     if not isinstance(record, dict):
         raise Contradiction(record, "a record is a JSON object")
     grown = grow_object(kinds, record, top=True) or kinds
+    if fixed and grown is not kinds:
+        name = next(n for n in grown.fields if grown.fields[n] != kinds.fields.get(n))
+        was = "is a new field" if name not in kinds.fields else "needs another type than the sampled records showed"
+        raise Contradiction(record.get(name), f"{name[:80]!r} {was}, and the columns are fixed").below(name)
     if grown is not kinds and grown.width > max(limit, kinds.width):
         raise Contradiction(None, f"its fields would make {grown.width} columns, and {limit} are allowed")
     return grown

@@ -32,6 +32,17 @@ def reading_schema(found: pa.Schema, schema: pa.Schema) -> pa.Schema:
     return pa.schema([pa.field(f.name, TEXT) if known.get(f.name) == TEXT else f for f in found])
 
 
+def merge_schemas(schema: pa.Schema, found: pa.Schema, text_wins: bool = False) -> pa.Schema:
+    """``schema`` grown to hold tables of ``found``. ``text_wins``: leaves that disagree with strings become strings."""
+    kinds = object_of(schema)
+    if text_wins:
+        fields = {f.name: f.type for f in found}
+        disagree = {n for n, (_, k) in kinds.fields.items() if TEXT in (k, fields.get(n, k)) and k != fields.get(n, k)}
+        kinds = Object({n: (s, TEXT if n in disagree else k) for n, (s, k) in kinds.fields.items()})
+    columns = {f.name: pa.array([], type=_simple_type(f.type)) for f in found if not pa.types.is_null(f.type)}
+    return schema_of(schema, _grown_kinds(kinds, columns, keep_whole=False))
+
+
 def project_table(batch: pa.RecordBatch, schema: pa.Schema) -> Projection:
     """Fit the columns of a typed batch, matched by name, into ``schema``; new columns and nested fields are added.
 
@@ -65,14 +76,14 @@ def project_table(batch: pa.RecordBatch, schema: pa.Schema) -> Projection:
     )
 
 
-def _grown_kinds(kinds: Object, columns: dict[str, pa.Array]) -> Object:
+def _grown_kinds(kinds: Object, columns: dict[str, pa.Array], keep_whole: bool = True) -> Object:
     fields, limit = dict(kinds.fields), settings.integer("columns_max")
     for name, column in columns.items():
         stored, before = fields.get(name, ("", None))
         if not stored and len(fields) >= limit:
             raise BadData(f"column {name[:80]!r} would be one more than the {limit} that are allowed")
         after = merged(before, kind_of(column.type))
-        if after == FLOAT and before != FLOAT and before is not None and _is_whole(column):
+        if keep_whole and after == FLOAT and before != FLOAT and before is not None and _is_whole(column):
             after = before
         if after is not None:
             fields[name] = (stored or stored_name(name, [s for s, _ in fields.values()]), after)
