@@ -54,7 +54,7 @@ def test_records_come_in_are_cleaned_versioned_and_traced(ex: Session) -> None:
     assert (ready.version, ready.rows) == (run.version, 20)
     assert ready.to_arrow().to_pylist() == PATIENTS
     assert ready.to_arrow(columns=["age"], where="age >= 45").to_pydict() == {"age": [45, 46, 47, 48, 49]}
-    assert {(row.rule, row.value) for row in ready.quarantine()} >= {("max", "900")}
+    assert {(row.rule, row.value) for row in ready.quarantine()} >= {("check.max", "900")}
     assert ex.show("ready").tags == ("first",)
 
     step = ex.trace(f"ready@{run.version}", step=0, batch_size=4)
