@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sqlite3
 import tempfile
 import threading
@@ -18,6 +19,33 @@ _TAIL = """
 SELECT b.seq, u.receipt, u.format, u.rows, u.bytes, u.at, u.key_column, b.path, b.body
 FROM bodies b JOIN uploads u USING(seq) WHERE b.dataset = ? AND b.seq > ? ORDER BY b.seq
 """
+
+
+class _Shared(io.RawIOBase):
+    """Reads a descriptor of somebody else's at a position of its own, and leaves it open."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = (0, self._at, os.fstat(self._handle).st_size)[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        read = os.preadv(self._handle, [buffer], self._at)
+        self._at += read
+        return read
 
 
 class Snapshot:
@@ -43,12 +71,11 @@ class Snapshot:
         self.entries.append(entry)
 
     def open(self, entry: TailEntry) -> IO[bytes]:
-        """A binary file at the start of the body of ``entry``, good until the snapshot closes; one reader per entry."""
+        """A new binary file at the start of the body of ``entry``; the caller closes it, before the snapshot."""
         place = self._places[entry.seq]
         if isinstance(place, int):
             return io.BytesIO(self.body(entry))
-        place.seek(0)
-        return place
+        return io.BufferedReader(_Shared(place.fileno()), 1 << 20)
 
     def body(self, entry: TailEntry) -> bytes:
         """The whole body of ``entry``."""
