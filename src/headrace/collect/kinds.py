@@ -75,6 +75,8 @@ _BOUNDS = {
     t: (int(np.iinfo(t.to_pandas_dtype()).min), int(np.iinfo(t.to_pandas_dtype()).max))
     for t in (pa.int64(), pa.int32(), pa.int16(), pa.int8(), pa.uint64(), pa.uint32(), pa.uint16(), pa.uint8())
 }
+_INT_LOW, _INT_HIGH = _BOUNDS[INT]
+_PLAIN = {type: type for type in (TEXT, FLOAT, INT, BOOL)}
 
 
 def _width(kind: Kind) -> int:
@@ -91,7 +93,7 @@ def kind_of(type: pa.DataType) -> Kind:
         return object_of(type.fields)
     if pa.types.is_list(type) or pa.types.is_large_list(type):
         return List(kind_of(type.value_type))
-    return type
+    return _PLAIN.get(type, type)
 
 
 def object_of(fields: Iterable[pa.Field]) -> Object:
@@ -162,7 +164,7 @@ def grow_object(kind: Object, value: Mapping[str, Any], top: bool) -> Object | N
         if item is None:
             continue
         stored, before = kind.fields.get(name, ("", None))
-        if before is TEXT and type(item) is str:
+        if _is_surely_held(before, item):
             continue
         try:
             after = _grow(before, item)
@@ -179,6 +181,17 @@ def grow_object(kind: Object, value: Mapping[str, Any], top: bool) -> Object | N
     return kind if kind.fields or top else None
 
 
+def _is_surely_held(kind: Kind, value: Any) -> bool:
+    """The common cases, by identity: most values of most records change nothing."""
+    if kind is TEXT:
+        return type(value) is str
+    if kind is FLOAT:
+        return type(value) is float and math.isfinite(value)
+    if kind is INT:
+        return type(value) is int and _INT_LOW <= value <= _INT_HIGH
+    return kind is BOOL and type(value) is bool
+
+
 def _grow_list(kind: Kind, value: list[Any]) -> Kind:
     if kind is not None and not isinstance(kind, List):
         if isinstance(kind, pa.DataType) and pa.types.is_fixed_size_list(kind):
@@ -186,7 +199,7 @@ def _grow_list(kind: Kind, value: list[Any]) -> Kind:
         raise _contradiction(kind, value)
     before = item = kind.item if kind else None
     for index, element in enumerate(value):
-        if item is FLOAT and type(element) is float and math.isfinite(element):
+        if _is_surely_held(item, element):
             continue
         try:
             item = _grow(item, element)
@@ -251,6 +264,8 @@ def fit(kind: Kind, value: Any) -> Any:
     """``value`` as pyarrow takes it for ``kind``; an empty list or object under another kind reads as null."""
     if value is None or kind is None:
         return None
+    if kind is TEXT or kind is INT or kind is BOOL:
+        return None if isinstance(value, dict | list) else value
     if isinstance(kind, Object):
         if not isinstance(value, dict):
             return None
@@ -259,8 +274,6 @@ def fit(kind: Kind, value: Any) -> Any:
         return [fit(kind.item, v) for v in value] if isinstance(value, list) else None
     if isinstance(value, dict) or (isinstance(value, list) and not pa.types.is_fixed_size_list(kind)):
         return None
-    if kind is TEXT or kind is INT or kind is BOOL:
-        return value
     if pa.types.is_floating(kind):
         return float(value)
     return _as_other(kind, value) if _is_other(kind) else value
