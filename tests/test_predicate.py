@@ -232,6 +232,34 @@ def test_rows_are_kept_as_plain_python_and_sqlite_keep_them(expression, rows):
     assert sqlite_keeps(where, rows) == expected
 
 
+@st.composite
+def formulas(draw):
+    """Operands and signs without any parentheses."""
+    operands = draw(
+        st.lists(st.sampled_from(["i", "j", "x", "1", "2.5", "- i", "-3", "abs(j)"]), min_size=1, max_size=4)
+    )
+    return " ".join(f"{draw(st.sampled_from('+-*/'))} {operand}" for operand in operands).lstrip("+-*/ ")
+
+
+inverse = st.sampled_from(["", "not "])
+atoms = st.one_of(
+    st.builds("{} {} {}".format, formulas(), st.sampled_from(sorted(COMPARE)), formulas()),
+    st.builds("{} {}between {} and {}".format, formulas(), inverse, formulas(), formulas()),
+    st.builds("{} is {}null".format, formulas(), inverse),
+    st.builds("{} {}in (1, 2, -3)".format, formulas(), inverse),
+    st.builds("s {}like 'a%'".format, inverse),
+    st.just("flag"),
+)
+links = st.builds("{} {}{}".format, st.sampled_from(["and", "or"]), st.sampled_from(["", "not ", "not not "]), atoms)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(links, min_size=1, max_size=6).map(" ".join), tables)
+def test_chains_without_parentheses_mean_what_they_mean_to_sqlite(chain, rows):
+    where = chain.split(" ", 1)[1]
+    assert kept(where, pa.RecordBatch.from_pylist(rows, SCHEMA)) == sqlite_keeps(where, rows)
+
+
 @pytest.mark.parametrize(
     "where",
     [
