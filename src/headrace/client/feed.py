@@ -15,7 +15,7 @@ import numpy as np
 
 from headrace import settings
 from headrace.client.cache import Cache, Lease, default_folder, parse_bytes, true_schema
-from headrace.client.gather import Column, Pool, columns, pools
+from headrace.client.gather import Column, Pool, Scratch, columns, pools
 from headrace.errors import BadRequest, Conflict, Damaged, HeadraceError, TooNew, Unreachable
 from headrace.model import WIRE, FileEntry, Manifest, TracedRow
 from headrace.order import Ints, Order, Shuffle
@@ -23,8 +23,8 @@ from headrace.order import Ints, Order, Shuffle
 PROVIDERS = "headrace.providers"
 DtypeLike: TypeAlias = Any
 _STATE = ("wire", "ref", "fingerprint", "seed", "epoch", "samples", "shuffle", "block_rows", "window_blocks")
-_PLAN_ROWS = 16384
-_POOL_BYTES = 1 << 20
+_PLAN_ROWS = 8192
+_POOL_BYTES = 1 << 21
 _AHEAD_BYTES = 1 << 28
 _MAPPED_MAX = 256
 
@@ -235,7 +235,7 @@ class Feed:
         order, size = self.order(epoch), self.batch_size
         mine = np.arange(worker, self.steps(first), workers, dtype=np.int64)
         planned = max(1, _PLAN_ROWS // size)
-        ahead, until = _Ahead(self, order, first), 0
+        ahead, until, scratch = _Ahead(self, order, first), 0, Scratch()
         for start in range(0, len(mine), planned):
             steps = mine[start : start + planned]
             positions = order.batch_positions(steps, size, self.rank, self.world_size, first).reshape(-1)
@@ -249,7 +249,7 @@ class Feed:
                 # Rows of the next window wait, as their files may still be on their way.
                 inside = int(np.count_nonzero(positions[a : a + together] < until))
                 b = a + -(-inside // size) * size
-                found = self._pools(rows[a:b])
+                found = self._pools(rows[a:b], scratch)
                 for c in range(0, b - a, size):
                     yield {name: pool.batch(c, c + size) for name, pool in found.items()}
                 a = b
@@ -264,7 +264,7 @@ class Feed:
         at = index + self.rows if index < 0 else index
         if not 0 <= at < self.rows:
             raise IndexError(f"row {index} of {self.rows}")
-        found = self._pools(np.array([at], dtype=np.int64))
+        found = self._pools(np.array([at], dtype=np.int64), {})
         return {name: _first(pool.batch(0, 1)) for name, pool in found.items()}
 
     def trace(self, epoch: int, step: int) -> list[TracedRow]:
@@ -279,23 +279,23 @@ class Feed:
             shuffle=self._order.shuffle,
         )
 
-    def _pools(self, rows: Ints) -> dict[str, Pool]:
-        files = np.searchsorted(self._ends, rows, side="right")
-        by_file = np.argsort(files, kind="stable")
-        sorted_files, sorted_rows = files[by_file], rows[by_file]
-        used, cuts = np.unique(sorted_files, return_index=True)
-        missing = [self.manifest.files[index] for index in used.tolist() if index not in self._held]
+    def _pools(self, rows: Ints, scratch: Scratch) -> dict[str, Pool]:
+        ascending = np.argsort(rows)
+        wanted = rows[ascending]
+        files = np.searchsorted(self._ends, wanted, side="right")
+        cuts = [0, *(np.flatnonzero(files[1:] != files[:-1]) + 1).tolist(), len(rows)]
+        used = files[cuts[:-1]].tolist()
+        missing = [self.manifest.files[index] for index in used if index not in self._held]
         if self.prefetch and len(missing) > 1:
             for entry in missing:
                 if not self.cache.holds(entry, self.schema):
                     self.fetch_soon(entry)
         parts = []
-        for index, a, b in zip(used.tolist(), cuts.tolist(), [*cuts[1:].tolist(), len(rows)], strict=True):
-            start = int(self._ends[index]) - self.manifest.files[index].rows
-            parts.append((self._open(index)[0], sorted_rows[a:b] - start))
+        for index, a, b in zip(used, cuts[:-1], cuts[1:], strict=True):
+            parts.append((self._open(index)[0], wanted[a:b] - self.manifest.files[index].start))
         place = np.empty(len(rows), dtype=np.int64)
-        place[by_file] = np.arange(len(rows))
-        return pools(parts, place)
+        place[ascending] = np.arange(len(rows))
+        return pools(parts, place, scratch)
 
     def provider(self) -> Provider:
         """The provider of this process."""

@@ -1,7 +1,7 @@
 """Columns of mapped files as NumPy views, and the gather of many rows from many files.
 
-A batch costs one ``take`` per column. Where its rows lie in several files, about a MiB of rows is first collected file
-by file into one small array that stays in the processor's cache, and batches are taken from that.
+A batch costs one ``take`` per column. Where its rows lie in several files, about two MiB of rows are first collected
+file by file into one small array that stays in the processor's cache, and batches are taken from that.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from headrace.errors import BadData
 Ints: TypeAlias = npt.NDArray[np.int64]
 Array: TypeAlias = npt.NDArray[Any]
 Dtypes: TypeAlias = Mapping[str, np.dtype[Any]]
+Scratch: TypeAlias = dict[str, Array]
 
 
 def _target(dtype: np.dtype[Any], asked: np.dtype[Any] | None) -> np.dtype[Any]:
@@ -171,8 +172,11 @@ class Pool:
 
     __slots__ = ("_base", "_dtype", "_index", "_name", "_parts")
 
-    def __init__(self, parts: Sequence[tuple[Column, Ints]], index: Ints) -> None:
-        """``parts``: per file its column and the row numbers wanted; ``index``: place of each row in their sequence."""
+    def __init__(self, parts: Sequence[tuple[Column, Ints]], index: Ints, scratch: Scratch) -> None:
+        """``parts``: per file its column and the row numbers wanted; ``index``: place of each row in their sequence.
+
+        ``scratch`` is the memory of the pool before, which must not be read any more.
+        """
         first = parts[0][0]
         self._name, self._index = first.name, index
         self._base: Array | None = None
@@ -180,22 +184,25 @@ class Pool:
         self._parts: dict[str, Pool] | list[Any] | None = None
         if isinstance(first, Dense):
             self._dtype = first.dtype
-            self._collect([(part, at) for part, at in parts if isinstance(part, Dense)])
+            self._collect([(part, at) for part, at in parts if isinstance(part, Dense)], scratch)
         elif isinstance(first, Fields):
             self._parts = {
-                name: Pool([(part.columns[name], at) for part, at in parts if isinstance(part, Fields)], index)
+                name: Pool([(part.columns[name], at) for part, at in parts if isinstance(part, Fields)], index, scratch)
                 for name in first.columns
             }
         else:
             self._parts = [row for part, at in parts if isinstance(part, Ragged | Objects) for row in part.take(at)]
 
-    def _collect(self, parts: Sequence[tuple[Dense, Ints]]) -> None:
+    def _collect(self, parts: Sequence[tuple[Dense, Ints]], scratch: Scratch) -> None:
         if len(parts) == 1:
             self._base, at = parts[0][0].values, parts[0][1]
             self._index = at[self._index]
             return
         first = parts[0][0].values
-        base = np.empty((sum(len(at) for _, at in parts), *first.shape[1:]), dtype=first.dtype)
+        total = sum(len(at) for _, at in parts)
+        base = scratch.get(self._name)
+        if base is None or len(base) < total:
+            base = scratch[self._name] = np.empty((total, *first.shape[1:]), dtype=first.dtype)
         start = 0
         for part, at in parts:
             # The row numbers are in range, and "clip" spares NumPy a buffered copy of `out`.
@@ -215,7 +222,7 @@ class Pool:
         return [parts[i] for i in self._index[start:stop].tolist()]
 
 
-def pools(files: Sequence[tuple[Mapping[str, Column], Ints]], index: Ints) -> dict[str, Pool]:
+def pools(files: Sequence[tuple[Mapping[str, Column], Ints]], index: Ints, scratch: Scratch) -> dict[str, Pool]:
     """Collect rows: per file its columns and wanted row numbers, then where each wanted row lies in that sequence."""
     names = files[0][0]
-    return {name: Pool([(held[name], at) for held, at in files], index) for name in names}
+    return {name: Pool([(held[name], at) for held, at in files], index, scratch) for name in names}

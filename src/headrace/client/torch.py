@@ -60,11 +60,11 @@ def _as_is(batch: Any) -> Any:
 class StreamingDataset(IterableDataset[Batch]):
     """A ref of an exchange as batches of this rank: dicts of tensors, ready for a model.
 
-    ``source``: ``http://host:port/REF`` or ``ROOT/REF``. Integers come as int64, floats as float32 unless
-    ``dtype`` (a NumPy or torch type, or one per column) says otherwise; fixed-size lists are stacked; strings, bytes are
-    lists. ``batch_size`` counts per rank. ``shuffle``: True (``"window"``), ``"global"``, False. ``drop_last=False``
-    fills the last global batch from the epoch's beginning, so that all ranks make the same number of steps.
-    ``transform`` maps each batch. ``prefetch`` is the number of files fetched ahead.
+    ``source``: ``http://host:port/REF`` or ``ROOT/REF``. Integers come as int64, floats as float32 unless ``dtype``
+    (a NumPy or torch type, or one per column) says otherwise; fixed-size lists are stacked, strings and bytes lists.
+    ``batch_size`` counts per rank. ``shuffle``: True (``"window"``), ``"global"`` or False. ``drop_last=False`` fills
+    the last global batch from the epoch's beginning, so that all ranks make the same number of steps. ``transform``
+    maps each batch. ``prefetch`` is the number of files fetched ahead.
 
     Each new iteration is the next epoch unless ``set_epoch`` was called. In worker processes a dataset cannot tell how
     often it was iterated: with a plain ``DataLoader(batch_size=None, num_workers=…)`` call ``set_epoch`` before each.
@@ -142,7 +142,10 @@ class StreamingDataset(IterableDataset[Batch]):
         return self._batches()
 
     def _made(self, batch: Batch) -> Any:
-        tensors = _tensors(batch)
+        tensors = {
+            name: torch.from_numpy(value) if type(value) is np.ndarray and value.flags.writeable else _tensors(value)
+            for name, value in batch.items()
+        }
         return tensors if self.transform is None else self.transform(tensors)
 
     def _batches(self) -> Iterator[Any]:
