@@ -168,9 +168,8 @@ def main() -> None:
     if options.only:
         print(json.dumps({"samples_per_s": CONTENDERS[options.only](options.folder)}))
         return
-    print(
-        f"{'feed: ' + f'{ROWS} x {LENGTH} uint16 tokens, batches of {BATCH}':58} {'samples/s':>10} {'x litdata':>10} x gather"
-    )
+    title = f"feed: {ROWS} x {LENGTH} uint16 tokens, batches of {BATCH}"
+    print(f"{title:58} {'samples/s':>10} {'x litdata':>10} x gather")
     for line in run():
         ratio = "-" if line["ratio"] is None else f"{line['ratio']:.1f}"
         print(f"{line['name']:58} {line['samples_per_s']:>10,} {ratio:>10} {line['ratio_to_gather']:.2f}")
