@@ -10,6 +10,7 @@ from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,8 @@ def normal_text(texts: pa.Array) -> pa.Array:
     wide = pc.invert(pc.string_is_ascii(texts)).fill_null(False)
     if not wide.true_count:
         return texts
-    some = pc.utf8_normalize(texts.filter(wide), form="NFC")
+    # pyarrow 23 leaves NFC decomposed, so the standard library does it.
+    some = pa.array([normalize("NFC", text) for text in texts.filter(wide).to_pylist()], texts.type)
     if pc.match_substring_regex(some, WIDE_SPACES).true_count:
         some = pc.replace_substring_regex(some, WIDE_SPACES, " ")
     return pc.replace_with_mask(texts, wide, some)
@@ -110,7 +112,7 @@ def _number_bytes(array: pa.Array) -> Bytes:
         values = np.where(np.isnan(values), np.nan, values + 0.0)
     elif values.dtype.kind in "iu":
         values = values.astype(np.uint64 if values.dtype == np.uint64 else np.int64)
-    return np.ascontiguousarray(values).view(np.uint8).reshape(len(array), -1)
+    return np.ascontiguousarray(values).view(np.uint8).reshape(len(array), values.dtype.itemsize)
 
 
 def _list_digests(array: pa.Array, collapse: bool) -> Bytes:
@@ -161,7 +163,7 @@ def row_keys(columns: Sequence[pa.Array], absent: npt.NDArray[np.bool_], collaps
 def duplicates(keys: Sequence[Path], name: str, out: Path) -> dict[str, Any]:
     """Find the rows that share a key (column ``name`` of the ``keys`` files) with one of smaller ``_id``.
 
-    Daft groups and joins the keys; one sorted Parquet file per task (``_row``, ``kept``) goes below ``out``.
+    Daft groups the keys; one sorted Parquet file per task (``_row``, ``kept``) goes below ``out``.
     Of rows with equal ``_id`` too, the first in task order is kept. Returns the JSON state for ``marked``.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -173,25 +175,43 @@ def duplicates(keys: Sequence[Path], name: str, out: Path) -> dict[str, Any]:
     place = [col(part).cast(daft.DataType.string()).lpad(20, "0") for part in ("_task", "_row")]
     rank = col("_id") + lit("\x00") + place[0] + place[1]
     frame = daft.read_parquet([str(path) for path in keys]).where(col(name).not_null())
+    # Of fixed size: a join on binary keys of any length matches every row with every key (Daft 0.7.26).
     frame = frame.select(
-        col(name).cast(daft.DataType.binary()).alias("key"), col("_task"), col("_row"), rank.alias("rank")
+        col(name).cast(daft.DataType.fixed_size_binary(16)).alias("key"),
+        col("_task"),
+        col("_row"),
+        rank.alias("rank"),
     )
     groups = frame.groupby("key").agg(col("rank").min().alias("first"), col("rank").count().alias("rows"))
-    groups = groups.where(col("rows") > 1).select(col("key"), col("first"))
-    later = frame.join(groups, on="key").where(col("rank") != col("first")).select("_task", "_row", "first")
-    table = later.to_arrow().sort_by([("_task", "ascending"), ("_row", "ascending")]).combine_chunks()
-    return _write_marks(table, out, state)
-
-
-def _write_marks(table: pa.Table, out: Path, state: dict[str, Any]) -> dict[str, Any]:
-    kept = pc.utf8_slice_codeunits(table.column("first").cast(pa.string()), 0, -41)
-    table = pa.table({"_task": table.column("_task"), "_row": table.column("_row"), "kept": kept})
-    tasks = table.column("_task").to_numpy()
-    numbers, starts, counts = np.unique(tasks, return_index=True, return_counts=True)
-    for task, start, count in zip(numbers.tolist(), starts.tolist(), counts.tolist(), strict=True):
-        pq.write_table(table.slice(start, count), out / f"task-{task:08d}.parquet", compression="zstd")
-        state["tasks"][str(task)] = count
+    groups = groups.where(col("rows") > 1).select(col("key"), col("first")).to_arrow()
+    found = np.array(groups.column("key").to_pylist(), dtype="S16")
+    order = np.argsort(found)
+    first = groups.column("first").cast(pa.string()).combine_chunks().take(pa.array(order))
+    for path in keys:
+        _mark(path, name, found[order], first, out, state)
     return state
+
+
+def _mark(path: Path, name: str, known: Any, first: pa.Array, out: Path, state: dict[str, Any]) -> None:
+    """Look the keys of one file up among those that several rows share, and write its tasks' tables of later twins."""
+    table = pq.ParquetFile(path).read(columns=[name, "_task", "_row", "_id"])
+    table = table.filter(table.column(name).is_valid())
+    if not len(known) or not table.num_rows:
+        return
+    mine = np.array(table.column(name).to_pylist(), dtype="S16")
+    at = np.minimum(np.searchsorted(known, mine), len(known) - 1)
+    shared = pa.array(known[at] == mine)
+    table, firsts = table.filter(shared), first.take(pa.array(at).filter(shared))
+    kept = pc.utf8_slice_codeunits(firsts, 0, -41)
+    place = pc.utf8_slice_codeunits(firsts, -40)
+    parts = [pc.utf8_lpad(table.column(one).cast(pa.string()), 20, "0") for one in ("_task", "_row")]
+    own = pc.binary_join_element_wise(*parts, "")
+    later = pc.or_(pc.not_equal(table.column("_id"), kept), pc.not_equal(own, place))
+    marks = table.select(["_task", "_row"]).append_column("kept", kept).filter(later)
+    for task in marks.column("_task").unique().to_pylist():
+        mine_only = marks.filter(pc.equal(marks.column("_task"), task)).sort_by("_row")
+        pq.write_table(mine_only, out / f"task-{task:08d}.parquet", compression="zstd")
+        state["tasks"][str(task)] = mine_only.num_rows
 
 
 @lru_cache(maxsize=16)

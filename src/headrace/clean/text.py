@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
+from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -61,7 +62,9 @@ class Unicode(Step):
             if self.fix_mojibake:
                 fix = _ftfy().fix_encoding
                 some = pa.array([fix(text) for text in some.to_pylist()], texts.type)
-            texts = pc.replace_with_mask(texts, wide, pc.utf8_normalize(some, form=self.form))
+            # pyarrow 23 leaves NFC decomposed, so the standard library does it.
+            some = pa.array([normalize(self.form, text) for text in some.to_pylist()], texts.type)
+            texts = pc.replace_with_mask(texts, wide, some)
         if self.control:
             dirty = pc.match_substring_regex(texts, CONTROLS).fill_null(False)
             if dirty.true_count:
