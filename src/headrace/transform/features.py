@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,7 @@ class Features(Step):
     def expand(self, base: Path | None) -> list[Step]:  # noqa: ARG002
         """Itself, or the fitted form where constants or the length come from the whole."""
         if self.standardize or (len(self.columns) == 1 and self.length is None):
-            return [FittedFeatures(**{name: getattr(self, name) for name in self.__dataclass_fields__})]
+            return [FittedFeatures(**{one.name: getattr(self, one.name) for one in dataclasses.fields(self)})]
         return [self]
 
     def apply(self, batch: pa.RecordBatch, state: Mapping[str, Any], at: Position) -> Outcome:  # noqa: ARG002
