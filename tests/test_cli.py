@@ -39,6 +39,7 @@ VERSION = Version(
     "d", 3, TIME, "run", 1234, 5_600_000, 2, "f" * 64, ({"name": "x", "type": "int64"},), 8, 1, ("gold",), counts=COUNTS
 )
 RUN = Run("r1", "d", "succeeded", TIME, version=3, rows_in=10, rows_out=8, quarantined=1, merged=1, steps=COUNTS)
+DROPPED = Quarantined("id1", "r1", "check", "max", "above 100", TIME, '{"age":900}', "age", "900")
 
 
 class Done(NamedTuple):
@@ -219,8 +220,7 @@ def test_a_tag_a_difference_and_a_receipt_are_told(shell: Shell, there: Peer) ->
 
 
 def test_quarantine_says_rule_value_and_reason(shell: Shell, there: Peer) -> None:
-    dropped = Quarantined("id1", "r1", "check", "max", "above 100", TIME, '{"age":900}', "age", "900")
-    there.on["GET /v1/datasets/d/quarantine"] = items(dropped)
+    there.on["GET /v1/datasets/d/quarantine"] = items(DROPPED)
     out = shell("quarantine", "d", "--rule", "max").out
     assert lines(out)[1] == ["id1", "check", "max", "age", "900", "above", "100", '{"age":900}']
     assert there.calls[0].query["rule"] == "max"
@@ -311,9 +311,13 @@ def test_a_run_that_fails_still_shows_what_its_steps_did(shell: Shell, there: Pe
 
 def test_a_preview_commits_nothing(shell: Shell, there: Peer) -> None:
     Path("r.yaml").write_text(RECIPE)
-    there.on["POST /v1/runs:preview"] = answer({"rows_in": 100, "steps": [{"step": "check", "out": 90}], "dropped": []})
+    there.on["POST /v1/runs:preview"] = answer(
+        {"run": to_dict(RUN), "rows": 8, "sample": ['{"x":1,"t":"水"}'], "dropped": [to_dict(DROPPED)]}
+    )
     done = shell("run", "r.yaml", "--preview", "100")
-    assert ["check", "90"] in lines(done.out)
+    assert ["dedup", "9", "8", "0", "1", "0.00"] in lines(done.out)
+    assert lines(done.out)[lines(done.out).index(["x", "t"]) + 1] == ["1", "水"]
+    assert ["id1", "check", "max", "age", "900", "above", "100", '{"age":900}'] in lines(done.out)
     assert "nothing was committed" in done.out
     assert [call.path for call in there.calls] == ["/v1/runs:preview"]
 

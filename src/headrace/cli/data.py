@@ -25,6 +25,7 @@ RefText = Annotated[
 ]
 
 STDIN_FORMAT = "ndjson"
+WIDE = 200
 
 
 @contextlib.contextmanager
@@ -169,7 +170,7 @@ def _print_version(version: Version) -> None:
         }
     )
     typer.echo("")
-    out.table(("COLUMN", "TYPE"), [(c.get("name"), c.get("type")) for c in version.schema], "no columns")
+    out.table(("COLUMN", "TYPE"), [(c.get("name"), c.get("type")) for c in version.schema], "no columns", WIDE)
     if version.counts:
         typer.echo("")
         print_counts(version.counts)
@@ -309,7 +310,7 @@ def trace(
         )
     if json:
         return out.print_json(found)
-    return out.table(("STEP", "RANK", "ROW", "ID", "SOURCE"), _traced_rows(found), "no rows")
+    return out.table(("STEP", "RANK", "ROW", "ID", "SOURCE"), _traced_rows(found), "no rows", WIDE)
 
 
 def receipt(

@@ -96,9 +96,9 @@ def print_json(value: Any) -> None:
     typer.echo(text.decode())
 
 
-def table(names: Sequence[str], rows: Iterable[Sequence[Any]], empty: str) -> None:
-    """Print rows under names; columns of numbers stand right. Without rows print ``empty``."""
-    cells = [[clean(value) for value in row] for row in rows]
+def table(names: Sequence[str], rows: Iterable[Sequence[Any]], empty: str, chars: int = CELL_CHARS) -> None:
+    """Print rows under names, each cell of at most ``chars``, numbers to the right. Without rows print ``empty``."""
+    cells = [[clean(value, chars) for value in row] for row in rows]
     if not cells:
         typer.echo(empty)
         return

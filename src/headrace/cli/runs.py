@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from json import dumps as json_text
+from json import loads as json_value
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,10 +16,10 @@ from headrace.cli import out
 from headrace.cli.data import print_counts
 from headrace.errors import BadRequest, Conflict, HeadraceError, NotFound
 from headrace.lazy import load
+from headrace.model import Run, from_dict
 
 if TYPE_CHECKING:
     from headrace.client.session import Session
-    from headrace.model import Run
 
 RECIPE, SCHEMA = "recipe.yaml", "recipe.schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA}\n"
@@ -95,17 +96,28 @@ def _print_run(run: Run) -> None:
     typer.echo(f"{made}: {', '.join(told)}   run {run.id} {run.status}")
 
 
+def _records(texts: Any) -> list[dict[str, Any]]:
+    """Records as dicts, whether they came as such or as JSON text."""
+    made = [json_value(text) if isinstance(text, str) else text for text in texts]
+    return [record for record in made if isinstance(record, dict)]
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    typer.echo(f"\n{title}:")
+    out.table([out.clean(name) for name in names], [[row.get(name) for name in names] for row in rows], "none")
+
+
 def _preview(session: Session, recipe: str, rows: int, json: bool) -> None:
     found = session.preview(recipe, rows)
     if json:
         return out.print_json(found)
-    for name, value in found.items():
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            names = list(dict.fromkeys(key for row in value for key in row))
-            typer.echo(f"\n{name}:")
-            out.table([key.upper() for key in names], [[row.get(key) for key in names] for row in value], "")
-        elif value not in (None, "", [], {}):
-            typer.echo(f"{name}: {out.clean(value, 400)}")
+    ran = from_dict(Run, found["run"])
+    print_counts(ran.steps)
+    _print_rows("rows as they would be", _records(found.get("sample", ())))
+    shown = ("id", "step", "rule", "field", "value", "reason", "record")
+    dropped = [{name: row.get(name) for name in shown} for row in _records(found.get("dropped", ()))]
+    _print_rows("rows that would be dropped", dropped)
     return typer.echo("\nnothing was committed")
 
 
