@@ -353,6 +353,24 @@ def test_many_threads_make_an_entry_once(tmp_path):
     assert provider.fetched() == ["part-0"]
 
 
+def test_a_child_forked_during_a_download_does_not_keep_its_lock(tmp_path):
+    cache, files, schema, provider = cached(tmp_path)
+    context = multiprocessing.get_context("fork")
+    end = context.Event()
+    child = context.Process(target=end.wait, args=(60,))
+
+    def fetch_and_fork(entry, into):
+        child.start()
+        provider.fetch(entry, into)
+
+    cache.ensure(files[0], schema, fetch_and_fork)
+    with (tmp_path / "cache" / "locks" / cache.key(files[0], schema)).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    end.set()
+    child.join(60)
+    assert child.exitcode == 0
+
+
 def test_what_a_killed_download_left_is_swept_and_a_live_one_is_not(tmp_path):
     cache, files, schema, provider = cached(tmp_path)
     cache.ensure(files[0], schema, provider.fetch)

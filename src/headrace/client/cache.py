@@ -168,8 +168,12 @@ class Cache:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
-            else:
+                return
+            try:
                 yield True
+            finally:
+                # Closing would not do: a child forked meanwhile holds the same open file, and the lock with it.
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
     def _sweep(self, key: str) -> None:
         # The entry's lock is ours, so whoever left these has died.
