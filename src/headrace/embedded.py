@@ -20,7 +20,7 @@ from headrace.exchange import Exchange
 from headrace.flush import Flusher
 from headrace.govern import OWNER
 from headrace.inbox import Inbox, Upload
-from headrace.intake import Intake, Limits
+from headrace.intake import Intake
 from headrace.lock import RootLock
 from headrace.model import (
     Dataset,
@@ -69,7 +69,8 @@ class EmbeddedSession(Session):
         self._flushing.start()
         self._running: threading.Thread | None = None
         self._closed = False
-        self._limits = Limits()
+        if any(run.status in ("queued", "running") for run in self._exchange.catalog.runs(1000)):
+            self._work()
 
     def close(self) -> None:
         """Commit what was uploaded, finish, and let the root go."""
@@ -107,7 +108,7 @@ class EmbeddedSession(Session):
         self._exchange.admit(OWNER, dataset, key, idempotency_key)
         hashed = None if idempotency_key is None else key or ""
         form = format_of_type(content_type)
-        intake = Intake(self._inbox, self._limits, form, encoding or "", strict=False, hashed=hashed)
+        intake = Intake(self._inbox, form, encoding or "", strict=False, hashed=hashed)
         try:
             for chunk in _chunks(body):
                 intake.feed([chunk])

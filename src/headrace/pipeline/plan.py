@@ -13,8 +13,9 @@ import pyarrow as pa
 from headrace import reading
 from headrace.catalog import Catalog
 from headrace.collect import files
+from headrace.collect.files import RefusedRecord
 from headrace.errors import BadRecipe
-from headrace.model import SYSTEM_COLUMNS, Ref, Version
+from headrace.model import SYSTEM_COLUMNS, Ref, Version, from_dict, to_dict
 from headrace.recipe import Collect, Recipe
 from headrace.root import Root
 from headrace.settings import integer
@@ -56,17 +57,6 @@ class Plan:
         """The plan that ``to_json`` wrote."""
         groups = tuple(tuple(group) for group in data["groups"])
         return cls(tuple(data["tasks"]), groups, decode_schema(data["schema"]), tuple(data["inputs"]))
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A record of a file that could not become a row; ``text`` is what stood there."""
-
-    locator: str
-    field: str | None
-    value: str | None
-    reason: str
-    text: str
 
 
 def make_plan(catalog: Catalog, recipe: Recipe, base: Path, allowed: Sequence[Path] | None) -> Plan:
@@ -123,16 +113,19 @@ def _files(
 ) -> tuple[list[dict[str, Any]], pa.Schema, dict[str, Any]]:
     planned = files.plan(entry.location, base, entry.format, integer("task_bytes"), allowed=allowed)
     schema = logical(files.infer_schema(planned))
-    parts = [part for task in planned for part in task.to_json()["parts"]]
-    listed = sorted({(part["path"], part["bytes"]) for part in parts})
-    digest = hashlib.sha256("\n".join(f"{path}\t{size}" for path, size in listed).encode()).hexdigest()
+    parts = [part for task in planned for part in task.parts]
+    listed = sorted({(part.name, Path(part.path).stat().st_size) for part in parts})
+    digest = hashlib.sha256("\n".join(f"{name}\t{size}" for name, size in listed).encode()).hexdigest()
     about = {
         "files": entry.path,
-        "count": len({path for path, _ in listed}),
+        "count": len(listed),
         "bytes": sum(size for _, size in listed),
         "fingerprint": digest,
     }
-    tasks = [{"files": task.to_json(), "source": entry.source or entry.path, "bytes": task.bytes} for task in planned]
+    source = entry.source or entry.path
+    tasks = [
+        {"files": to_dict(task), "source": source, "bytes": sum(part.bytes for part in task.parts)} for task in planned
+    ]
     return tasks, schema, about
 
 
@@ -163,27 +156,17 @@ def _wider(one: pa.Field, other: pa.Field, where: str) -> pa.DataType:
 
 def read_task(
     root: Root, catalog: Catalog, task: dict[str, Any], schema: pa.Schema
-) -> Iterator[pa.RecordBatch | Refused]:
+) -> Iterator[pa.RecordBatch | RefusedRecord]:
     """The rows of a task, in order, in bounded batches and the columns of ``schema``; refused records among them."""
     if "ref" in task:
         for batch in reading.scan(root, catalog, Ref.parse(task["ref"]), skip=task["skip"], limit=task["rows"]):
             yield from bounded(reading.conform(batch, schema))
         return
     user = pa.schema([f for f in schema if f.name not in SYSTEM_COLUMNS])
-    parts = files.read(
-        files.FileTask.from_json(task["files"]),
-        user,
-        integer("batch_rows"),
-        integer("batch_bytes"),
-        source=task["source"],
-    )
-    for part in parts:
-        if isinstance(part, pa.RecordBatch):
-            grown = unify([schema, pa.schema([f for f in part.schema if f.name not in SYSTEM_COLUMNS])], "the files")
-            order = [f for f in grown if f.name not in SYSTEM_COLUMNS] + list(SYSTEM)
-            yield from bounded(reading.conform(part, pa.schema(order)))
-        else:
-            yield Refused(part.locator, part.field, part.value, part.reason, part.text)
+    task_of = from_dict(files.FileTask, task["files"])
+    for part in files.read(task_of, user, integer("batch_rows"), integer("batch_bytes"), source=task["source"]):
+        yield from part.refused
+        yield from bounded(reading.conform(part.batch, schema))
 
 
 def bounded(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace import quarantine, reading
+from headrace.collect.files import RefusedRecord
 from headrace.model import StepCount
-from headrace.pipeline.plan import Refused, unify
+from headrace.pipeline.plan import unify
 from headrace.pipeline.work import Spill, Stage, Work, counted, spill, spilled, spilled_schemas
 from headrace.rows import to_json
 from headrace.steps import Outcome, Position, Step
@@ -61,7 +62,7 @@ class TaskRun:
     at: datetime
 
 
-def run_task(of: TaskRun, stage: Stage, rows: Iterable[pa.RecordBatch | Refused]) -> None:
+def run_task(of: TaskRun, stage: Stage, rows: Iterable[pa.RecordBatch | RefusedRecord]) -> None:
     """Run one task to its files. Doing it again writes the same files again."""
     state = of.work.state(of.stage)
     tallies = [_Tally(step.name) for step in stage.steps]
@@ -72,7 +73,7 @@ def run_task(of: TaskRun, stage: Stage, rows: Iterable[pa.RecordBatch | Refused]
         out = stack.enter_context(spill(place("rows", of.stage, of.task, "")))
         held = stack.enter_context(spill(place("held", of.stage, of.task, "")))
         for part in rows:
-            if isinstance(part, Refused):
+            if isinstance(part, RefusedRecord):
                 _refuse(of, part, collected, held)
                 continue
             if of.stage == 0:
@@ -107,14 +108,14 @@ def _fold(
     return batch
 
 
-def _refuse(of: TaskRun, part: Refused, collected: _Tally, held: Spill) -> None:
+def _refuse(of: TaskRun, part: RefusedRecord, collected: _Tally, held: Spill) -> None:
     collected.row += 1
     collected.quarantined += 1
     rule = "schema" if part.field else "parse"
     collected.rules[rule] = collected.rules.get(rule, 0) + 1
     row = {
-        "id": part.locator, "rule": rule, "field": part.field, "value": part.value, "reason": part.reason,
-        "record": part.text, "source": {"source": "files", "locator": part.locator, "collected_at": None},
+        "id": part.id, "rule": rule, "field": part.field, "value": part.value, "reason": part.reason,
+        "record": part.raw, "source": {"source": "files", "locator": part.locator, "collected_at": None},
     }  # fmt: skip
     held.write(quarantine.refused([row], of.run_id, "collect", of.at))
 
