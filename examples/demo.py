@@ -29,6 +29,7 @@ from train import Trained, train_linear, train_transformer
 
 import headrace
 from headrace.client.session import Session
+from headrace.errors import HeadraceError
 from headrace.model import Run
 
 HERE = Path(__file__).resolve().parent
@@ -180,7 +181,11 @@ def run_recipe(ex: Session, name: str) -> Run:
     shown = Text(text[text.index("clean:") : text.index("publish:")].rstrip())
     console.print(Panel(shown, border_style="dim"))
     began = time.perf_counter()
-    run = ex.run(path)
+    try:
+        run = ex.run(path)
+    except HeadraceError as error:
+        show_run(ex.run_status(error.details["run"]), time.perf_counter() - began)
+        raise SystemExit(f"the run failed: {error}") from None
     show_run(run, time.perf_counter() - began)
     return run
 
