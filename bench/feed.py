@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-ROWS, LENGTH, BATCH, FILES, EPOCHS, ROUNDS = 50_000, 1024, 32, 4, 5, 3
+ROWS, LENGTH, BATCH, FILES, EPOCHS, ROUNDS = 50_000, 1024, 32, 4, 3, 3
 HERE = Path(__file__).resolve().parent
 
 

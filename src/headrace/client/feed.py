@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 
 from headrace import settings
 from headrace.client.cache import Cache, Lease, default_folder, parse_bytes, true_schema
@@ -27,6 +28,7 @@ _PLAN_ROWS = 8192
 _POOL_BYTES = 1 << 21
 _AHEAD_BYTES = 1 << 28
 _MAPPED_MAX = 256
+_JOINED_BYTES = 1 << 28
 
 
 @runtime_checkable
@@ -111,6 +113,7 @@ class Feed:
     _provider: Provider | None
     _threads: ThreadPoolExecutor | None
     _held: OrderedDict[int, tuple[dict[str, Column], Lease]]
+    _joined: dict[str, Column] | None
 
     def __init__(
         self,
@@ -156,10 +159,11 @@ class Feed:
         self._provider = None
         self._threads = None
         self._held = OrderedDict()
+        self._joined = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_pid", "_provider", "_threads", "_held"):
+        for name in ("_pid", "_provider", "_threads", "_held", "_joined"):
             del state[name]
         return state
 
@@ -235,6 +239,7 @@ class Feed:
         order, size = self.order(epoch), self.batch_size
         mine = np.arange(worker, self.steps(first), workers, dtype=np.int64)
         planned = max(1, _PLAN_ROWS // size)
+        self._join()
         ahead, until, scratch = _Ahead(self, order, first), 0, Scratch()
         for start in range(0, len(mine), planned):
             steps = mine[start : start + planned]
@@ -245,7 +250,8 @@ class Feed:
             while a < len(rows):
                 if positions[a] >= until:
                     until = next(order.spans(int(positions[a])))[0]
-                ahead.advance(int(positions[a]))
+                if self._joined is None:
+                    ahead.advance(int(positions[a]))
                 # Rows of the next window wait, as their files may still be on their way.
                 inside = int(np.count_nonzero(positions[a : a + together] < until))
                 b = a + -(-inside // size) * size
@@ -256,6 +262,8 @@ class Feed:
 
     def memory_bytes(self, rows: Ints) -> int:
         """Mapped bytes of one row, by the file of the first of ``rows``; at least 1."""
+        if self._joined is not None:
+            return 1
         index = int(np.searchsorted(self._ends, rows[0], side="right"))
         return max(1, self._open(index)[1].bytes // max(1, self.manifest.files[index].rows))
 
@@ -279,7 +287,26 @@ class Feed:
             shuffle=self._order.shuffle,
         )
 
+    def _join(self) -> None:
+        """Hold a small ref whose files are all here as one record batch in memory: batches come straight from it."""
+        files = self.manifest.files
+        if self._joined is not None or not 0 < len(files) <= _MAPPED_MAX or sum(e.bytes for e in files) > _JOINED_BYTES:
+            return
+        if not all(self.cache.holds(entry, self.schema) for entry in files):
+            return
+        found = [self._open(index) for index in range(len(files))]
+        if len(found) == 1:
+            self._joined = found[0][0]
+        elif sum(lease.bytes for _, lease in found) <= _JOINED_BYTES:
+            table = pa.Table.from_batches([lease.batch for _, lease in found]).combine_chunks()
+            joined = table.to_batches()
+            if len(joined) == 1:
+                self._joined = columns(joined[0], self._dtypes)
+                self._held.clear()
+
     def _pools(self, rows: Ints, scratch: Scratch) -> dict[str, Pool]:
+        if self._joined is not None:
+            return pools([(self._joined, rows)], np.arange(len(rows), dtype=np.int64), scratch)
         ascending = np.argsort(rows)
         wanted = rows[ascending]
         files = np.searchsorted(self._ends, wanted, side="right")
@@ -300,9 +327,9 @@ class Feed:
     def provider(self) -> Provider:
         """The provider of this process."""
         if self._pid != os.getpid():
-            held = self._held
+            held, joined = self._held, self._joined
             self._reset()
-            self._held = held  # mapped files are as good in a forked child
+            self._held, self._joined = held, joined  # mapped files are as good in a forked child
         if self._provider is None:
             self._provider = self._opener(self.source, self._token)[0]
         return self._provider
