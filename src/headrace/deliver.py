@@ -135,31 +135,45 @@ def trace(
         raise BadRequest("ask for a step, a row or a source", hint="give exactly one of step, row, source")
     version = catalog.resolve(ref)
     rows = version.rows if ref.split is None else version.splits[ref.split]
-    if batch_size * world_size > TRACED_MAX:
-        raise BadRequest(f"a step of {batch_size * world_size} rows is too large", hint=f"at most {TRACED_MAX}")
+    together = batch_size * world_size
+    if together > TRACED_MAX:
+        raise BadRequest(f"a step of {together} rows is too large", hint=f"at most {TRACED_MAX}")
     order = Order(rows, seed, epoch, shuffle, version.block_rows)
     if step is not None:
         if not 0 <= step < order.steps(batch_size, world_size, drop_last=False):
             raise BadRequest(
                 f"step {step} is beyond the epoch",
-                hint=f"{version.ref} has {rows} rows, {batch_size * world_size} per step",
+                hint=f"{version.ref} has {rows} rows, {together} per step",
             )
-        places = np.concatenate(
-            [order.batch_positions([step], batch_size, r, world_size)[0] for r in range(world_size)]
-        )
-        wanted = order.rows_at(places)
-        ranks = np.repeat(np.arange(world_size), batch_size)
-        found = _rows(root, catalog, version, ref.split, wanted)
+        # A last, incomplete step is padded from the epoch's beginning when it is fed; the padding is left out here.
+        places = np.arange(step * together, min((step + 1) * together, rows))
+        wanted, ranks = order.rows_at(places), places % together // batch_size
+        found = _resolved(root, version, _rows(root, catalog, version, ref.split, wanted))
         return [replace(found[int(w)], rank=int(r), step=step) for w, r in zip(wanted, ranks, strict=True)]
-    found = _search(root, catalog, version, ref.split, row, source)
+    found = _resolved(root, version, _search(root, catalog, version, ref.split, row, source))
     if not found:
         raise NotFound(f"{version.ref} has no such row", hint="an _id or a source locator is compared whole")
     positions = order.position_of(np.array(sorted(found)))
-    together = batch_size * world_size
     return [
         replace(found[at], step=int(p) // together, rank=int(p) % together // batch_size)
         for at, p in zip(sorted(found), positions, strict=True)
     ]
+
+
+def _resolved(root: Root, version: Version, rows: dict[int, TracedRow]) -> dict[int, TracedRow]:
+    """``rows`` with source and locator for each document that was packed into them."""
+    path = reading.origins_path(root, version.dataset, version.run or "")
+    if not path.exists():
+        return rows
+    wanted = pa.array(sorted({part["id"] for row in rows.values() for part in row.sources}), pa.string())
+    known: dict[str, dict[str, Any]] = {}
+    for batch in read_batches([path]):
+        hits = batch.filter(pc.is_in(batch.column("_id"), wanted))
+        known.update((line["_id"], _source(line["_source"])) for line in hits.to_pylist())
+    return {
+        at: replace(row, sources=tuple({**known.get(part["id"], {}), **part} for part in row.sources))
+        for at, row in rows.items()
+    }
 
 
 def _columns(version: Version) -> list[str]:
@@ -192,10 +206,11 @@ def _search(
 ) -> dict[int, TracedRow]:
     files: Sequence[FileEntry] = catalog.files(version.dataset, version.version, split)
     schema, columns = _stored(catalog, version), _columns(version)
+    ids = _documents(root, version, row, source)
     found: dict[int, TracedRow] = {}
     start = 0
     for batch in read_batches(reading.paths_of(root, version.dataset, files), schema, columns):
-        for index in np.flatnonzero(_matches(batch, row, source)).tolist():
+        for index in np.flatnonzero(_matches(batch, ids, source)).tolist():
             found[start + index] = _traced(start + index, batch.slice(index, 1).to_pylist()[0])
             if len(found) > TRACED_MAX:
                 raise BadRequest("too many rows match", hint="trace an _id, or a narrower source")
@@ -203,17 +218,32 @@ def _search(
     return found
 
 
-def _matches(batch: pa.RecordBatch, row: str | None, source: str | None) -> Any:
-    if source is not None:
-        hit = pc.equal(pc.struct_field(batch.column("_source"), "locator"), source)
-    else:
-        hit = pc.equal(batch.column("_id"), row)
-        if "_sources" in batch.schema.names:
-            packed = batch.column("_sources")
-            ids = pc.struct_field(pc.list_flatten(packed), "id")
-            owners = pc.list_parent_indices(packed).filter(pc.fill_null(pc.equal(ids, row), False))
-            hit = pc.or_(pc.fill_null(hit, False), pc.is_in(pa.array(range(batch.num_rows)), owners.cast(pa.int64())))
-    return pc.fill_null(hit, False).to_numpy(zero_copy_only=False)
+def _documents(root: Root, version: Version, row: str | None, source: str | None) -> pa.Array:
+    """The ids asked for: ``row`` itself, or the packed documents that came from ``source``."""
+    found = [] if row is None else [row]
+    path = reading.origins_path(root, version.dataset, version.run or "")
+    if source is not None and path.exists():
+        for batch in read_batches([path]):
+            hits = pc.equal(pc.struct_field(batch.column("_source"), "locator"), source)
+            found += batch.filter(pc.fill_null(hits, False)).column("_id").to_pylist()
+    return pa.array(found, pa.string())
+
+
+def _matches(batch: pa.RecordBatch, ids: pa.Array, source: str | None) -> Any:
+    hit = pc.is_in(batch.column("_id"), ids)
+    if "_sources" in batch.schema.names:
+        packed = batch.column("_sources")
+        inside = pc.is_in(pc.struct_field(pc.list_flatten(packed), "id"), ids)
+        owners = pc.list_parent_indices(packed).filter(inside)
+        hit = pc.or_(hit, pc.is_in(pa.array(range(batch.num_rows)), owners.cast(pa.int64())))
+    elif source is not None:
+        hit = pc.or_(hit, pc.fill_null(pc.equal(pc.struct_field(batch.column("_source"), "locator"), source), False))
+    return hit.to_numpy(zero_copy_only=False)
+
+
+def _source(source: Mapping[str, Any] | None) -> dict[str, Any]:
+    when = (source or {}).get("collected_at")
+    return {**(source or {}), "collected_at": None if when is None else when.isoformat().replace("+00:00", "Z")}
 
 
 def _traced(position: int, row: Mapping[str, Any]) -> TracedRow:
@@ -222,6 +252,5 @@ def _traced(position: int, row: Mapping[str, Any]) -> TracedRow:
     if row.get("_sources") is not None:
         sources = [dict(part) for part in row["_sources"]]
     elif source is not None:
-        when = source.get("collected_at")
-        sources = [{**source, "id": row["_id"], "collected_at": when.isoformat() if when is not None else None}]
+        sources = [{**_source(source), "id": row["_id"]}]
     return TracedRow(position, row["_id"], tuple(sources))

@@ -21,6 +21,7 @@ from headrace.flush import Flusher
 from headrace.govern import OWNER
 from headrace.inbox import Inbox, Upload
 from headrace.intake import Intake
+from headrace.lazy import load
 from headrace.lock import RootLock
 from headrace.model import (
     Dataset,
@@ -35,8 +36,6 @@ from headrace.model import (
     TracedRow,
     Version,
 )
-from headrace.pipeline.durable import RunLoop
-from headrace.pipeline.run import Engine
 from headrace.root import Root
 
 
@@ -63,7 +62,7 @@ class EmbeddedSession(Session):
         self._exchange = Exchange(root)
         self._flusher = Flusher(root, self._exchange.catalog, self._exchange.reader, self._inbox.forget)
         self._flusher.recover()
-        self._loop = RunLoop(Engine(root, self._exchange.catalog, self._flusher))
+        self._loop: Any = None
         self._stop = threading.Event()
         self._flushing = threading.Thread(target=self._flusher.run, args=(self._stop,), name="flusher", daemon=True)
         self._flushing.start()
@@ -83,7 +82,8 @@ class EmbeddedSession(Session):
             self._running.join()
         for pending in self._exchange.reader.pending():
             self._flusher.flush_all(pending.dataset)
-        self._loop.close()
+        if self._loop is not None:
+            self._loop.close()
         self._inbox.close()
         self._exchange.close()
         self._lock.release()
@@ -93,6 +93,9 @@ class EmbeddedSession(Session):
 
     def _work(self) -> None:
         if self._running is None:
+            # The engine's libraries take a second to load: only those who run recipes wait for them.
+            engine = load("headrace.pipeline.run").Engine(self._root, self._exchange.catalog, self._flusher)
+            self._loop = load("headrace.pipeline.durable").RunLoop(engine)
             self._running = threading.Thread(target=self._loop.run, args=(self._stop,), name="runs", daemon=True)
             self._running.start()
 

@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
         ("at", pa.timestamp("us", "UTC")),
     ]
 )
-"""Frozen. ``rule`` to ``kept`` are of the first rule that fired; ``fired`` lists all; ``kept`` is a merged twin."""
+"""Frozen. ``rule`` to ``kept`` belong to the first rule that fired, ``fired`` lists all; ``kept`` is the twin."""
 
 
 def held(batch: pa.RecordBatch, verdicts: pa.RecordBatch, run: str, step: str, at: Any) -> pa.RecordBatch:

@@ -69,6 +69,11 @@ def _widen(column: pa.Array, kind: pa.DataType) -> pa.Array:
     return column if column.type == kind else column.cast(kind, safe=pa.types.is_nested(kind))
 
 
+def origins_path(root: Root, dataset: str, run: str) -> Path:
+    """Where a run that packed documents keeps ``_id`` and ``_source`` of each; Delta readers pass over the folder."""
+    return root.table(dataset) / "_origins" / f"{run}.parquet"
+
+
 T = TypeVar("T")
 
 

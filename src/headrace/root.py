@@ -52,6 +52,11 @@ class Root:
         """Locked by the process that owns the root; its text names that process and, if it serves, its URL."""
         return self.path / "lock"
 
+    @property
+    def tokenizers(self) -> Path:
+        """Folder of the tokenizer.json files that recipes may name."""
+        return self.path / "tokenizers"
+
     def table(self, dataset: str) -> Path:
         """The Delta table of a dataset."""
         return self.path / "tables" / dataset

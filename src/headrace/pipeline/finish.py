@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from headrace import reading, versions
+from headrace import quarantine, reading, versions
 from headrace.catalog import Catalog
 from headrace.errors import ExpectationFailed
 from headrace.model import Run, StepCount, Version
@@ -20,7 +22,9 @@ from headrace.recipe import Recipe
 from headrace.root import Root
 from headrace.split import assign
 from headrace.steps import Carried, SequentialStep
+from headrace.store.disk import DISK
 
+ORIGINS = pa.schema([("_id", pa.string()), ("_source", quarantine.SOURCE)])
 Rows = Iterator[tuple[pa.RecordBatch, str | None]]
 
 
@@ -48,6 +52,19 @@ def _by_split(batch: pa.RecordBatch, fractions: Mapping[str, float]) -> Rows:
         part = marked.filter(pc.equal(assigned, split))
         if part.num_rows or not batch.num_rows:
             yield part, split
+
+
+def with_origins(rows: Rows, path: Path) -> Rows:
+    """``rows``, while ``_id`` and ``_source`` of each go to the Parquet file ``path``: what packing would forget."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    with pq.ParquetWriter(draft, ORIGINS, compression="zstd") as writer:
+        for batch, split in rows:
+            writer.write_batch(reading.conform(batch, ORIGINS))
+            yield batch, split
+    DISK.sync_path(draft)
+    DISK.rename(draft, path)
+    DISK.sync_folder(path.parent)
 
 
 def advanced(rows: Rows, step: SequentialStep, counts: list[StepCount]) -> Rows:
@@ -78,7 +95,7 @@ def held_rows(work: Work, stages: int, tasks: int) -> Iterator[pa.RecordBatch]:
 
 
 def fitted(work: Work, recipe: Recipe) -> dict[str, Any]:
-    """What the steps fitted, as the version keeps it; states that only name files of the run are left out."""
+    """What the steps fitted, as the version keeps it, without the parts that only name files of the run."""
     found: dict[str, Any] = {}
     for number, stage in enumerate(stages_of(recipe)):
         if stage.fits is not None:
@@ -90,7 +107,7 @@ def fitted(work: Work, recipe: Recipe) -> dict[str, Any]:
 
 
 def totals(run: Run, counts: Iterable[StepCount]) -> Run:
-    """``run`` with its steps and sums. Packing turns documents into rows, so it takes no part in the sums of records."""
+    """``run`` with its steps and sums. Packing turns documents into rows: it takes no part in the sums of records."""
     steps = tuple(counts)
     records = [step for step in steps if not step.tokens_in]
     return replace(
@@ -133,7 +150,10 @@ def publish(root: Root, catalog: Catalog, recipe: Recipe, plan: Plan, work: Work
             return replace(totals(run, done.counts), version=done.version)
         counts = work.counts(len(stages), tasks)
         rows = final_rows(work, recipe, tasks)
-        for step in sequential_of(recipe):
+        sequential = sequential_of(recipe)
+        if sequential:
+            rows = with_origins(rows, reading.origins_path(root, recipe.dataset, run.id))
+        for step in sequential:
             rows = advanced(rows, step, counts)
         writer = _write(root, recipe, rows)
         with writer:

@@ -64,6 +64,7 @@ class Engine:
         stages = stages_of(recipe)
         schema = plan.schema if stage == 0 else staged_schema(work, stage - 1, len(plan.tasks))
         at = datetime.fromisoformat(run.created_at)
+        given = {"tokenizers": str(self.root.tokenizers)}
 
         def task(number: int) -> None:
             if work.path("counts", stage, number, ".json").exists():
@@ -73,7 +74,7 @@ class Engine:
                 rows = rows if limit is None else _first(rows, limit)
             else:
                 rows = staged(work, stage - 1, number, schema)
-            run_task(TaskRun(work, run_id, stage, number, at), stages[stage], rows)
+            run_task(TaskRun(work, run_id, stage, number, at, given), stages[stage], rows)
 
         with ThreadPoolExecutor(integer("threads")) as pool:
             list(pool.map(task, group))

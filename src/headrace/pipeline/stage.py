@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -53,13 +53,14 @@ class _Tally:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What one task needs to know of its run. ``at`` stamps its quarantine rows."""
+    """What one task needs to know of its run. ``at`` stamps its quarantine rows, ``given`` is state for every step."""
 
     work: Work
     run_id: str
     stage: int
     task: int
     at: datetime
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_task(of: TaskRun, stage: Stage, rows: Iterable[pa.RecordBatch | RefusedRecord]) -> None:
@@ -100,7 +101,8 @@ def _fold(
     for number, (step, tally) in enumerate(zip(steps, tallies, strict=True)):
         started = time.perf_counter()
         # Only a stage's first step can have been fitted: a step that fits begins a stage.
-        outcome = step.apply(batch, state if number == 0 else {}, Position(of.task, tally.row))
+        known = {**of.given, **state} if number == 0 else of.given
+        outcome = step.apply(batch, known, Position(of.task, tally.row))
         tally.count(batch.num_rows, outcome, time.perf_counter() - started)
         if outcome.verdicts.num_rows:
             held.write(quarantine.held(batch, outcome.verdicts, of.run_id, step.name, of.at))
