@@ -1,4 +1,4 @@
-"""Every benchmark beside its peers in one table: printed, and written to bench/RESULTS.md with the machine it ran on."""
+"""Every benchmark beside its peers in one table: printed, and written to bench/RESULTS.md with the machine."""
 
 from __future__ import annotations
 
