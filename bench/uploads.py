@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import orjson
 
-CONNECTIONS, SECONDS, ROUNDS = 32, 5, 2
+CONNECTIONS, SECONDS, ROUNDS, BULK_ROUNDS = 32, 5, 3, 3
 RATE, FRESH_SECONDS = 1000, 10
 MILLION = 1_000_000
 HERE = Path(__file__).resolve().parent
@@ -174,21 +174,22 @@ print(time.perf_counter() - began)
 
 
 def bulk(url: str, token: str, path: Path) -> dict[str, Any]:
-    """First byte to visible version, beside Polars parsing the file and writing Parquet."""
+    """First byte to visible version, in turns with Polars parsing the file and writing Parquet; best rounds count."""
     headers = {"authorization": f"Bearer {token}", "content-type": "application/x-ndjson"}
-    with httpx.Client(base_url=url, timeout=300, headers=headers) as http, path.open("rb") as file:
-        began = time.perf_counter()
-        http.post("/v1/datasets/million/records", content=iter(lambda: file.read(1 << 20), b"")).raise_for_status()
-        while http.get("/v1/datasets/million").json().get("rows", 0) < MILLION:
-            time.sleep(0.02)
-        ours = time.perf_counter() - began
-    target = path.with_suffix(".parquet")
-    out = subprocess.run(
-        [sys.executable, "-c", PEER, str(path), str(target)], capture_output=True, text=True, check=True
-    )
-    return row(
-        "1M NDJSON records to a version", MILLION / ours, "records/s", "Polars", MILLION / float(out.stdout), ">= 0.3x"
-    )
+    ours, theirs = [], []
+    for turn in range(BULK_ROUNDS):
+        name = f"million-{turn}"
+        with httpx.Client(base_url=url, timeout=300, headers=headers) as http, path.open("rb") as file:
+            began = time.perf_counter()
+            body = iter(lambda: file.read(1 << 20), b"")  # noqa: B023
+            http.post(f"/v1/datasets/{name}/records", content=body).raise_for_status()
+            while http.get(f"/v1/datasets/{name}").json().get("rows", 0) < MILLION:
+                time.sleep(0.02)
+            ours.append(time.perf_counter() - began)
+        command = [sys.executable, "-c", PEER, str(path), str(path.with_suffix(".parquet"))]
+        theirs.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    what, peer = MILLION / min(ours), MILLION / min(theirs)
+    return row("1M NDJSON records to a version", what, "records/s", "Polars", peer, ">= 0.3x")
 
 
 def family(pid: int) -> list[int]:

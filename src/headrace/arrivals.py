@@ -70,11 +70,12 @@ Bodies: TypeAlias = Callable[[Any], Body]
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Some records of one or several uploads: JSON ``texts`` or typed ``rows``, and per record where it came from."""
+    """Some records and where each came from: JSON ``texts`` (``lines``: the same, one a line) or typed ``rows``."""
 
     origin: pa.RecordBatch
     texts: Any = None
     rows: pa.RecordBatch | None = None
+    lines: bytes | None = None
 
 
 def _origin(entries: Sequence[Arrival], counts: Sequence[int], first: Sequence[int]) -> pa.RecordBatch:
@@ -171,7 +172,7 @@ def _large_pieces(entry: Arrival, body: Path | IO[bytes]) -> Iterator[_Piece]:
     with body.open("rb") if isinstance(body, Path) else body as file:
         for part in _pieces_of_file(file):
             texts = _lines(part, b"\n")
-            yield _Piece(_origin([entry], [len(texts)], [first]), texts)
+            yield _Piece(_origin([entry], [len(texts)], [first]), texts, lines=part)
             first += len(texts)
 
 
@@ -231,7 +232,7 @@ def projected(entries: Sequence[Arrival], bodies: Bodies, schema: pa.Schema) -> 
     """The rows of ``entries`` piece by piece, each under the schema that all before it made of ``schema``."""
     for piece in _pieces(entries, bodies):
         rows = piece.rows
-        made = project_json(piece.texts, schema) if rows is None else project_table(rows, schema)
+        made = project_json(piece.texts, schema, lines=piece.lines) if rows is None else project_table(rows, schema)
         schema = made.schema
         some = len(made.accepted) < piece.origin.num_rows
         take = pa.array(made.accepted)

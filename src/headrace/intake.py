@@ -25,6 +25,7 @@ class Limits:
         self.record_bytes = settings.integer("record_bytes_max")
         self.errors = settings.integer("upload_errors_max")
         self.idle_seconds = settings.number("http_seconds")
+        self.judge = formats.Limits.of_settings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,14 @@ class Judged:
     rejected: int
     errors: tuple[RowError, ...]
     body_sha: str | None
+
+
+def small_json(body: bytes, strict: bool, limits: Limits) -> Judged | None:
+    """A JSON body all of whose records are good, without the machinery that large and other bodies need; else None."""
+    records = formats.split_json(body, single=strict, limits=limits.judge)
+    if records.errors:
+        return None
+    return Judged("json", len(records.texts), RECORD_SEPARATOR.join(records.texts), 0, (), None)
 
 
 class _Kept:
@@ -91,6 +100,7 @@ class Intake:
         self._coding = formats.Decompressor(encoding, bytes_max=limits.upload_bytes, ratio_max=limits.ratio)
         self._kept = _Kept(inbox, limits.memory)
         self._sha = None if hashed is None else hashlib.sha256(f"{format}\0{hashed}\0".encode())
+        self._judge = limits.judge
         self._errors_max = limits.errors
         self._record_max = limits.record_bytes
         self._open: list[bytes] = []
@@ -125,7 +135,7 @@ class Intake:
             )
 
     def _lines(self, text: bytes) -> None:
-        good, rows, errors = formats.check_ndjson(text)
+        good, rows, errors = formats.check_ndjson(text, self._judge)
         self._refuse(errors, self._rows + self._rejected)
         self._rows += rows
         self._kept.write(good)
@@ -140,7 +150,7 @@ class Intake:
         self._coding.finish()
         form, rows = self._format, self._rows
         if form == "json":
-            records = formats.split_json(b"".join(self._open), single=self._strict)
+            records = formats.split_json(b"".join(self._open), self._strict, self._judge)
             self._refuse(records.errors, 0)
             rows = len(records.texts)
             self._kept.write(RECORD_SEPARATOR.join(records.texts))

@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
 
 
 def held(batch: pa.RecordBatch, verdicts: pa.RecordBatch, run: str, step: str, at: Any) -> pa.RecordBatch:
-    """The quarantine rows of one step's verdicts on ``batch``: one per record, in row order. ``at`` is a UTC datetime."""
+    """The quarantine rows of one step's verdicts on ``batch``: one per record, in row order, stamped ``at``."""
     by_row: dict[int, list[dict[str, Any]]] = {}
     for verdict in verdicts.to_pylist():
         by_row.setdefault(verdict.pop("row"), []).append(verdict)

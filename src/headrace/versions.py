@@ -8,9 +8,10 @@ import math
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from headrace.store.types import decode_schema, describe, encode_schema, to_stor
 CODE = f"headrace {__version__}"
 _TIERS = (32 * MiB, 4 * MiB, 512 * KiB, 64 * KiB)
 _TIER_FILES = 8
+_PART_BYTES = 32 * MiB
 _tables: dict[Path, Table] = {}
 _tables_lock = threading.Lock()
 
@@ -100,10 +102,7 @@ def append(
     table, stored = table_at(root.table(dataset)), to_stored(schema)
     hashed = _resume(root, catalog, latest, files)
     hashed.add_columns(schema)
-    for batch in batches:
-        hashed.update(batch)
-    start = latest.rows if latest else 0
-    added = [_write(table, batches, stored, start)]
+    added = _write_side_by_side(table, batches, stored, latest.rows if latest else 0, hashed)
     merging = _mergeable(files)
     merged = [_write(table, _read(root, dataset, merging, stored), stored, merging[0].start)] if merging else []
     entries = [_entry(made) for made in (*merged, *added)]
@@ -215,6 +214,21 @@ def _write(
     table: Table, batches: Iterable[pa.RecordBatch], stored: pa.Schema, start: int, split: str | None = None
 ) -> DataFile:
     return table.write(f"{uuid.uuid4().hex}.parquet", batches, stored, start=start, split=split)
+
+
+def _write_side_by_side(
+    table: Table, batches: Sequence[pa.RecordBatch], stored: pa.Schema, start: int, hashed: Fingerprint
+) -> list[DataFile]:
+    """One file, or where there is much to write one per thread, in row order; the rows are hashed meanwhile."""
+    parts = min(integer("threads"), 1 + sum(batch.nbytes for batch in batches) // _PART_BYTES, len(batches))
+    size = -(-len(batches) // parts)
+    groups = [batches[at : at + size] for at in range(0, len(batches), size)]
+    starts = [start, *(start + rows for rows in accumulate(sum(b.num_rows for b in group) for group in groups))]
+    with ThreadPoolExecutor(len(groups)) as pool:
+        writing = [pool.submit(_write, table, group, stored, at) for group, at in zip(groups, starts, strict=False)]
+        for batch in batches:
+            hashed.update(batch)
+        return [one.result() for one in writing]
 
 
 def _entry(made: DataFile) -> FileEntry:

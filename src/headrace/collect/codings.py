@@ -12,6 +12,7 @@ from headrace import settings
 from headrace.errors import BadData, TooLarge, UnsupportedType
 
 PIECE_BYTES = 1 << 20
+BLOCK_BYTES = 256 << 10
 _ZSTD_WINDOW = 1 << 27
 # A zstd block of 4 bytes can stand for 128 KiB: a slice of 1 KiB yields at most 32 MiB before the limits are checked.
 _ZSTD_SLICE = 1 << 10

@@ -23,7 +23,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from headrace import settings
-from headrace.collect.codings import PIECE_BYTES, Decompressor, decompress
+from headrace.collect.codings import BLOCK_BYTES, Decompressor, decompress
 from headrace.errors import BadData, TooLarge, UnsupportedType
 from headrace.model import RowError
 
@@ -324,7 +324,7 @@ def count_plain_lines(text: bytes, limits: Limits) -> int:
         text.decode()
         table = pa_json.read_json(
             pa.BufferReader(text),
-            read_options=pa_json.ReadOptions(block_size=max(PIECE_BYTES, longest + 1)),
+            read_options=pa_json.ReadOptions(block_size=max(BLOCK_BYTES, longest + 1)),
             parse_options=pa_json.ParseOptions(explicit_schema=pa.schema([]), unexpected_field_behavior="ignore"),
         )
     except (UnicodeDecodeError, pa.ArrowException):

@@ -20,7 +20,7 @@ import pyarrow.json as pa_json
 
 from headrace import settings
 from headrace.collect import formats
-from headrace.collect.codings import PIECE_BYTES
+from headrace.collect.codings import BLOCK_BYTES
 from headrace.collect.kinds import (
     BOOL,
     FLOAT,
@@ -71,14 +71,16 @@ class Projection:
 # ---------------------------------------------------------------------------------------------- the fold
 
 
-def project_json(texts: pa.Array | Sequence[bytes], schema: pa.Schema, fixed: bool = False) -> Projection:
+def project_json(
+    texts: pa.Array | Sequence[bytes], schema: pa.Schema, fixed: bool = False, lines: bytes | None = None
+) -> Projection:
     """Project JSON texts, each accepted by ``formats`` as one object, under ``schema`` (user columns, may be empty).
 
     A text that is no JSON object after all is refused too. At most 2 GiB of text at once. With ``fixed`` the schema
-    stands: a record that would change it is refused.
+    stands: a record that would change it is refused. ``lines``, where at hand, holds the same texts, one a line.
     """
     user = pa.schema([f for f in schema if f.name not in SYSTEM_COLUMNS])
-    fast = _project_fast(texts, user)
+    fast = _project_fast(texts, user, lines)
     return fast if fast and not (fixed and fast.schema != user) else project_slowly(texts, user, fixed)
 
 
@@ -173,7 +175,9 @@ def _is_plain(type: pa.DataType) -> bool:
     return type in _PLAIN or (pa.types.is_list(type) and type.value_type in _PLAIN)
 
 
-def _project_fast(texts: pa.Array | Sequence[bytes], schema: pa.Schema) -> Projection | None:
+def _project_fast(
+    texts: pa.Array | Sequence[bytes], schema: pa.Schema, lines: bytes | None = None
+) -> Projection | None:
     """The same through Arrow's parser, or None where that is not sure to equal the fold.
 
     If Arrow reads every value of a column as one plain type, no record contradicts another, so none is refused. Known
@@ -182,11 +186,11 @@ def _project_fast(texts: pa.Array | Sequence[bytes], schema: pa.Schema) -> Proje
     """
     if len(texts) < _SAMPLE_ROWS or not all(_is_plain(f.type) for f in schema):
         return None
-    joined = _joined(texts)
-    data = memoryview(joined)
-    if _MINUS_ZERO.search(data):
+    joined, longest = _joined(texts) if lines is None else (pa.py_buffer(lines), _longest(texts))
+    if _MINUS_ZERO.search(memoryview(joined)):
         return None
-    table = _parse(joined, {original_name(f): f.type for f in schema}, _sampled_strings(texts))
+    known = {original_name(f): f.type for f in schema}
+    table = _parse(joined, max(4 * BLOCK_BYTES, longest + 2), known, _sampled_strings(texts))
     if table is None or table.num_rows != len(texts):
         return None
     new = _new_columns(table, texts, {original_name(f) for f in schema})
@@ -200,17 +204,24 @@ def _project_fast(texts: pa.Array | Sequence[bytes], schema: pa.Schema) -> Proje
     return Projection(batch, grown, np.arange(len(texts), dtype=np.int64), [], ())
 
 
-def _joined(texts: pa.Array | Sequence[bytes]) -> pa.Buffer:
-    """One text a line; line ends within a text can only be white space between its tokens."""
+def _longest(texts: pa.Array | Sequence[bytes]) -> int:
     if not isinstance(texts, pa.Array):
-        return pa.py_buffer(b"".join([t.replace(b"\n", b" ") + b"\n" if b"\n" in t else t + b"\n" for t in texts]))
+        return max(map(len, texts), default=0)
+    return int(pc.max(pc.binary_length(texts)).as_py() or 0)
+
+
+def _joined(texts: pa.Array | Sequence[bytes]) -> tuple[pa.Buffer, int]:
+    """One text a line, and the longest's bytes; line ends within a text can only be white space between its tokens."""
+    if not isinstance(texts, pa.Array):
+        whole = b"".join([t.replace(b"\n", b" ") + b"\n" if b"\n" in t else t + b"\n" for t in texts])
+        return pa.py_buffer(whole), _longest(texts)
     lines = texts.cast(pa.large_string())
     if pc.any(pc.match_substring(lines, "\n")).as_py():
         lines = pc.replace_substring(lines, "\n", " ")
     empty = pa.scalar("", pa.large_string())
     ended = pc.binary_join_element_wise(lines, empty, pa.scalar("\n", pa.large_string()))
     offsets = np.frombuffer(ended.buffers()[1], dtype=np.int64)[ended.offset : ended.offset + len(ended) + 1]
-    return ended.buffers()[2].slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
+    return ended.buffers()[2].slice(int(offsets[0]), int(offsets[-1] - offsets[0])), _longest(texts)
 
 
 def _sampled_strings(texts: pa.Array | Sequence[bytes]) -> dict[str, pa.DataType]:
@@ -226,13 +237,15 @@ def _sampled_strings(texts: pa.Array | Sequence[bytes]) -> dict[str, pa.DataType
     return found
 
 
-def _parse(joined: pa.Buffer, known: Mapping[str, pa.DataType], strings: Mapping[str, pa.DataType]) -> pa.Table | None:
+def _parse(
+    joined: pa.Buffer, block: int, known: Mapping[str, pa.DataType], strings: Mapping[str, pa.DataType]
+) -> pa.Table | None:
     pinned = {**strings, **known}
     for _ in range(3):
         try:
             table = pa_json.read_json(
                 pa.BufferReader(joined),
-                read_options=pa_json.ReadOptions(block_size=PIECE_BYTES),
+                read_options=pa_json.ReadOptions(block_size=block),
                 parse_options=pa_json.ParseOptions(
                     explicit_schema=pa.schema(list(pinned.items())), unexpected_field_behavior="infer"
                 ),

@@ -12,7 +12,7 @@ from headrace import settings
 from headrace.collect import formats
 from headrace.errors import BadRequest, Busy, HeadraceError, TooLarge
 from headrace.inbox import Inbox, Upload
-from headrace.intake import Intake, Judged, Limits
+from headrace.intake import Intake, Judged, Limits, small_json
 from headrace.model import Principal, Receipt, check_name
 from headrace.server.metrics import Metrics
 from headrace.server.wire import JSON, Request, Workers, next_piece, send_text, whole_number
@@ -69,21 +69,28 @@ class Uploads:
         form = formats.format_of_type(request.header(b"content-type", kind))
         _assert_declared(request, self._limits.upload_bytes)
         self._exchange.admit(principal, dataset, key, idem)
-        intake = Intake(
-            self._inbox,
-            form,
-            request.header(b"content-encoding"),
-            strict=strict,
-            hashed=None if idem is None else key or "",
-            limits=self._limits,
-        )
-        judged = await self._take(request, intake, form)
+        judged = await self._small(request, strict) if form == "json" and idem is None else None
+        if judged is None:
+            hashed = None if idem is None else key or ""
+            coding = request.header(b"content-encoding")
+            intake = Intake(self._inbox, form, coding, strict=strict, hashed=hashed, limits=self._limits)
+            judged = await self._take(request, intake, form)
         if judged.rows and dataset not in self._known:
             await self._workers.run(self._exchange.make_known, dataset)
             self._known.add(dataset)
         receipt = await self._append(judged, dataset, key, idem)
         self._metrics.uploaded(receipt, time.perf_counter() - began)
         return receipt
+
+    async def _small(self, request: Request, strict: bool) -> Judged | None:
+        """The most frequent case, a small JSON body that comes whole; None leaves what came for the general way."""
+        if b"content-encoding" in request.headers:
+            return None
+        body, more = await next_piece(request, self._limits.idle_seconds)
+        judged = None if more or len(body) > _INLINE_BYTES else small_json(body, strict, self._limits)
+        if judged is None:
+            request.hold(body, more)
+        return judged
 
     async def _append(self, judged: Judged, dataset: str, key: str | None, idem: str | None) -> Receipt:
         upload = Upload(

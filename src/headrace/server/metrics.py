@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
 
 from headrace.inbox import Inbox
 from headrace.model import Receipt
@@ -13,9 +16,8 @@ class Metrics:
 
     def __init__(self, inbox: Inbox) -> None:
         self._registry = CollectorRegistry()
-        self._uploads = Counter("headrace_uploads", "Uploads acknowledged", registry=self._registry)
-        self._records = Counter("headrace_records", "Records acknowledged", registry=self._registry)
-        self._rejected = Counter("headrace_rejected", "Records refused within an upload", registry=self._registry)
+        self._registry.register(self)
+        self._uploads = self._records = self._rejected = 0
         self._seconds = Histogram("headrace_upload_seconds", "From first byte to durable", registry=self._registry)
         self._failures = Counter("headrace_errors", "Error answers", ["code"], registry=self._registry)
         held = Gauge("headrace_inbox_bytes", "Bytes waiting for the flusher", registry=self._registry)
@@ -23,10 +25,17 @@ class Metrics:
 
     def uploaded(self, receipt: Receipt, seconds: float) -> None:
         """Count one acknowledged upload."""
-        self._uploads.inc()
-        self._records.inc(receipt.accepted - receipt.duplicates)
-        self._rejected.inc(receipt.rejected)
+        # Plain numbers of the one event loop: a counter with its lock would cost a tenth of a small upload.
+        self._uploads += 1
+        self._records += receipt.accepted - receipt.duplicates
+        self._rejected += receipt.rejected
         self._seconds.observe(seconds)
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The plain numbers, for the registry."""
+        yield CounterMetricFamily("headrace_uploads", "Uploads acknowledged", self._uploads)
+        yield CounterMetricFamily("headrace_records", "Records acknowledged", self._records)
+        yield CounterMetricFamily("headrace_rejected", "Records refused within an upload", self._rejected)
 
     def failed(self, code: str) -> None:
         """Count one error answer."""

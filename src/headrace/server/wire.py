@@ -83,7 +83,7 @@ class Workers:
 class Request:
     """One HTTP request and the way to answer it. Header names are lower case."""
 
-    __slots__ = ("headers", "id", "method", "path", "receive", "scope", "send", "started")
+    __slots__ = ("_held", "headers", "id", "method", "path", "receive", "scope", "send", "started")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
@@ -93,13 +93,23 @@ class Request:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self.headers.get(b"x-request-id", b"")
-        self.id: str = given.decode() if _REQUEST_ID.fullmatch(given) else f"{_RANDOM.getrandbits(64):016x}"
+        self.id: str = given.decode() if given and _REQUEST_ID.fullmatch(given) else f"{_RANDOM.getrandbits(64):016x}"
         self.started = False
+        self._held: tuple[bytes, bool] | None = None
 
     def header(self, name: bytes, default: str = "") -> str:
         """One header as text."""
         value = self.headers.get(name)
         return default if value is None else value.decode("latin-1")
+
+    def hold(self, piece: bytes, more: bool) -> None:
+        """Put back a piece of the body, for the next one who asks."""
+        self._held = (piece, more)
+
+    def held(self) -> tuple[bytes, bool] | None:
+        """What was put back, once."""
+        held, self._held = self._held, None
+        return held
 
     def query(self) -> dict[str, str]:
         """Query parameters; of a repeated one the last. Raises BadRequest for text that is not UTF-8."""
@@ -164,13 +174,51 @@ def unexpected(error: BaseException, request: Request) -> HeadraceError:
     return HeadraceError("something went wrong inside the exchange", hint="the log has it under this request_id")
 
 
+class Watch:
+    """Ends waits for a body that does not come. One look a second at all of them costs less than a timer for each."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.Task[Any], float] = {}
+        self._late: set[asyncio.Task[Any]] = set()
+        self._looking: asyncio.TimerHandle | None = None
+
+    async def receive(self, request: Request, limit: float) -> MutableMapping[str, Any]:
+        """The next message; BadRequest if none comes for ``limit`` seconds, give or take one."""
+        task = asyncio.current_task()
+        assert task is not None
+        loop = task.get_loop()
+        self._waiting[task] = loop.time() + limit
+        if self._looking is None:
+            self._looking = loop.call_later(1.0, self._look, loop)
+        try:
+            return await request.receive()
+        except asyncio.CancelledError:
+            if task not in self._late:
+                raise
+            task.uncancel()
+            raise BadRequest(f"no byte of the body came for {limit:g} seconds", hint="send it again") from None
+        finally:
+            del self._waiting[task]
+            self._late.discard(task)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        for task, end in self._waiting.items():
+            if end < now and task not in self._late:
+                self._late.add(task)
+                task.cancel()
+        self._looking = loop.call_later(1.0, self._look, loop) if self._waiting else None
+
+
+WATCH = Watch()
+
+
 async def next_piece(request: Request, limit: float) -> tuple[bytes, bool]:
     """(bytes, whether more follow) of a body; ClientGone on a hang-up, BadRequest if nothing comes for ``limit`` s."""
-    try:
-        async with asyncio.timeout(limit):
-            message = await request.receive()
-    except TimeoutError:
-        raise BadRequest(f"no byte of the body came for {limit:g} seconds", hint="send it again") from None
+    held = request.held()
+    if held is not None:
+        return held
+    message = await WATCH.receive(request, limit)
     if message["type"] == "http.disconnect":
         raise ClientGone
     return message.get("body", b""), bool(message.get("more_body"))
