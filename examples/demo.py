@@ -145,7 +145,9 @@ def upload(ex: Session, url: str) -> int:
         answer = requests.post(f"{url}/upload", json=record, timeout=30)
         assert answer.ok, answer.text
     seconds = time.perf_counter() - began
-    say(f"{len(records) / seconds:,.0f} records/s from one client, each answered only once it was on disk (fsync).")
+    say(
+        f"{len(records) / seconds:,.0f} records/s from one client with a new connection for each, answered only once on disk (fsync)."
+    )
     broken = requests.post(f"{url}/upload", data='{"features": [1, 2', timeout=30)
     say(f"What is no JSON at all is refused at once: {broken.status_code} {broken.json()['error']['message']!r}")
     back = requests.get(f"{url}/get_data", timeout=30).json()
@@ -302,7 +304,7 @@ def where_things_are(ex: Session, url: str, token: str, root: Path, kept: bool) 
     say("Go on:  [bold]make serve[/bold]                             an exchange that stays, at http://127.0.0.1:7070")
     say("        [bold].venv/bin/headrace init[/bold]                a recipe of your own to start from")
     say("        [bold].venv/bin/headrace upload NAME FILE[/bold]    your data in")
-    say("        README.md, examples/train.py, docs/     the rest")
+    say("        README.md, examples/train.py, docs/    the rest")
 
 
 def main() -> int:
