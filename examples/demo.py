@@ -145,9 +145,8 @@ def upload(ex: Session, url: str) -> int:
         answer = requests.post(f"{url}/upload", json=record, timeout=30)
         assert answer.ok, answer.text
     seconds = time.perf_counter() - began
-    say(
-        f"{len(records) / seconds:,.0f} records/s from one client with a new connection for each, answered only once on disk (fsync)."
-    )
+    rate = f"{len(records) / seconds:,.0f} records/s from one client with a new connection for each"
+    say(f"{rate}, answered only once on disk (fsync).")
     broken = requests.post(f"{url}/upload", data='{"features": [1, 2', timeout=30)
     say(f"What is no JSON at all is refused at once: {broken.status_code} {broken.json()['error']['message']!r}")
     back = requests.get(f"{url}/get_data", timeout=30).json()
