@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from headrace.errors import Forbidden
 from headrace.model import Principal
@@ -19,6 +20,7 @@ OWNER = Principal("owner", "admin")
 """Whoever may open the root's files."""
 
 
+@lru_cache(maxsize=4096)
 def may(principal: Principal, action: str, dataset: str | None = None) -> bool:
     """Whether ``principal`` may do ``action``, on ``dataset`` if one is given."""
     if action not in _MAY.get(principal.role, ()):

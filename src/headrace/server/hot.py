@@ -83,10 +83,13 @@ class Uploads:
         return receipt
 
     async def _small(self, request: Request, strict: bool) -> Judged | None:
-        """The most frequent case, a small JSON body that comes whole; None leaves what came for the general way."""
+        """The most frequent case, a small JSON body as it is; None leaves what came for the general way."""
         if b"content-encoding" in request.headers:
             return None
         body, more = await next_piece(request, self._limits.idle_seconds)
+        while more and len(body) <= _INLINE_BYTES:
+            piece, more = await next_piece(request, self._limits.idle_seconds)
+            body += piece
         judged = None if more or len(body) > _INLINE_BYTES else small_json(body, strict, self._limits)
         if judged is None:
             request.hold(body, more)
