@@ -6,7 +6,9 @@ record is judged by what came before it alone.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias
@@ -21,9 +23,9 @@ from headrace.collect.tabular import project_table
 from headrace.inbox import RECORD_SEPARATOR
 from headrace.model import SYSTEM_COLUMNS
 from headrace.rows import to_json
-from headrace.settings import MiB
+from headrace.settings import MiB, integer
 
-_PIECE_BYTES = 16 * MiB
+_PIECE_BYTES, _FIRST_BYTES = 8 * MiB, 1 * MiB
 _SOURCE = pa.struct([("source", pa.string()), ("locator", pa.string()), ("collected_at", pa.timestamp("us", "UTC"))])
 _TIME = pa.timestamp("us", "UTC")
 SYSTEM = pa.schema([("_id", pa.string()), ("_source", _SOURCE), ("_ingested_at", _TIME), ("_raw", pa.string())])
@@ -114,8 +116,11 @@ def _read(body: Body) -> bytes:
 
 
 def _pieces_of_file(file: IO[bytes]) -> Iterator[bytes]:
-    while body := file.read(_PIECE_BYTES):
+    # A short first piece shows the schema early: those that follow are projected side by side under it.
+    size = _FIRST_BYTES
+    while body := file.read(size):
         yield body + file.readline()
+        size = _PIECE_BYTES
 
 
 class _Held:
@@ -229,19 +234,41 @@ class Projected:
 
 
 def projected(entries: Sequence[Arrival], bodies: Bodies, schema: pa.Schema) -> Iterator[Projected]:
-    """The rows of ``entries`` piece by piece, each under the schema that all before it made of ``schema``."""
-    for piece in _pieces(entries, bodies):
-        rows = piece.rows
-        made = project_json(piece.texts, schema, lines=piece.lines) if rows is None else project_table(rows, schema)
-        schema = made.schema
-        some = len(made.accepted) < piece.origin.num_rows
-        take = pa.array(made.accepted)
-        origin = piece.origin.take(take) if some else piece.origin
-        if rows is None:
-            raw = (piece.texts.take(take) if some else piece.texts).cast(pa.string())
-        else:
-            raw = pa.nulls(made.batch.num_rows, pa.string())
-        yield Projected(_with_system(made.batch, origin, raw), schema, made.widened, _refusals(piece, made))
+    """The rows of ``entries`` piece by piece, each under the schema that all before it made of ``schema``.
+
+    Pieces are projected side by side under the schema known so far; if one of them changes it, those after it are
+    projected anew. So the outcome is that of one after the other.
+    """
+    pieces = _pieces(entries, bodies)
+    first = next(pieces, None)
+    if first is None:
+        return
+    made = _projected(first, schema)
+    yield made
+    ahead: deque[tuple[_Piece, pa.Schema, Future[Projected]]] = deque()
+    with ThreadPoolExecutor(integer("threads")) as pool:
+        while True:
+            while len(ahead) <= integer("threads") and (piece := next(pieces, None)) is not None:
+                ahead.append((piece, made.schema, pool.submit(_projected, piece, made.schema)))
+            if not ahead:
+                return
+            piece, assumed, future = ahead.popleft()
+            early = future.result()
+            made = early if assumed.equals(made.schema, check_metadata=True) else _projected(piece, made.schema)
+            yield made
+
+
+def _projected(piece: _Piece, schema: pa.Schema) -> Projected:
+    rows = piece.rows
+    made = project_json(piece.texts, schema, lines=piece.lines) if rows is None else project_table(rows, schema)
+    some = len(made.accepted) < piece.origin.num_rows
+    take = pa.array(made.accepted)
+    origin = piece.origin.take(take) if some else piece.origin
+    if rows is None:
+        raw = (piece.texts.take(take) if some else piece.texts).cast(pa.string())
+    else:
+        raw = pa.nulls(made.batch.num_rows, pa.string())
+    return Projected(_with_system(made.batch, origin, raw), made.schema, made.widened, _refusals(piece, made))
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from headrace.inbox import RECORD_SEPARATOR, Inbox, Spool
 from headrace.model import RowError
 
 LINES_BYTES = 4 << 20
+_CHECKED_AHEAD = 2
+_CHECKERS = ThreadPoolExecutor(2, thread_name_prefix="headrace-check")
 
 
 class Limits:
@@ -108,6 +112,7 @@ class Intake:
         self._rows = 0
         self._rejected = 0
         self._errors: list[RowError] = []
+        self._checking: deque[Future[tuple[bytes, int, list[RowError]]]] = deque()
 
     def feed(self, chunks: list[bytes]) -> None:
         """Take chunks as they came over the wire; raises BadData, TooLarge, OSError."""
@@ -128,14 +133,20 @@ class Intake:
             cut = text.rindex(b"\n") + 1
             self._open = [text[cut:]]
             self._open_bytes = len(text) - cut
-            self._lines(text[:cut])
+            self._check(text[:cut])
         if self._open_bytes > self._record_max + LINES_BYTES:
             raise TooLarge(
                 f"a record, or a JSON body, is at most {self._record_max} bytes", hint="send application/x-ndjson"
             )
 
-    def _lines(self, text: bytes) -> None:
-        good, rows, errors = formats.check_ndjson(text, self._judge)
+    def _check(self, text: bytes) -> None:
+        """Judge whole lines in a thread while more come; the outcomes are taken in order, few at a time."""
+        self._checking.append(_CHECKERS.submit(formats.check_ndjson, text, self._judge))
+        while len(self._checking) > _CHECKED_AHEAD:
+            self._settle()
+
+    def _settle(self) -> None:
+        good, rows, errors = self._checking.popleft().result()
         self._refuse(errors, self._rows + self._rejected)
         self._rows += rows
         self._kept.write(good)
@@ -155,7 +166,9 @@ class Intake:
             rows = len(records.texts)
             self._kept.write(RECORD_SEPARATOR.join(records.texts))
         elif form == "ndjson":
-            self._lines(b"".join(self._open))
+            self._check(b"".join(self._open))
+            while self._checking:
+                self._settle()
             rows = self._rows
         if self._rejected and not rows:
             raise BadData(
@@ -171,4 +184,6 @@ class Intake:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
+        for check in self._checking:
+            check.cancel()
         self._kept.abandon()

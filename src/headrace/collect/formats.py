@@ -133,7 +133,10 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[-+0-9.eE]++', re.DOTALL)
 _NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD]")
-_NOT_A_NUMBER = (re.compile(rb"NaN[ \t\r\n]*[,}\]]"), re.compile(rb"Inf(?:inity)?[ \t\r\n]*[,}\]]"))
+_NOT_A_NUMBER = (
+    (b"NaN", re.compile(rb"NaN[ \t\r\n]*[,}\]]")),
+    (b"Inf", re.compile(rb"Inf(?:inity)?[ \t\r\n]*[,}\]]")),
+)
 
 
 def _small(token: re.Match[bytes]) -> bytes:
@@ -313,7 +316,11 @@ def count_plain_lines(text: bytes, limits: Limits) -> int:
     that begins with ``{`` and ends with ``}`` cannot continue on a line that begins with ``{``; so as many rows as
     lines means exactly one object on each.
     """
-    if b"\0" in text or (b"\\" in text and _SURROGATE.search(text)) or any(bad.search(text) for bad in _NOT_A_NUMBER):
+    if (
+        b"\0" in text
+        or (b"\\" in text and _SURROGATE.search(text))
+        or any(word in text and bad.search(text) for word, bad in _NOT_A_NUMBER)
+    ):
         return 0
     view = np.frombuffer(text, dtype=np.uint8)
     ends = np.flatnonzero(view == ord("\n"))
@@ -324,7 +331,7 @@ def count_plain_lines(text: bytes, limits: Limits) -> int:
         text.decode()
         table = pa_json.read_json(
             pa.BufferReader(text),
-            read_options=pa_json.ReadOptions(block_size=max(BLOCK_BYTES, longest + 1)),
+            read_options=pa_json.ReadOptions(block_size=max(BLOCK_BYTES, longest + 1), use_threads=False),
             parse_options=pa_json.ParseOptions(explicit_schema=pa.schema([]), unexpected_field_behavior="ignore"),
         )
     except (UnicodeDecodeError, pa.ArrowException):

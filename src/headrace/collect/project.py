@@ -245,7 +245,7 @@ def _parse(
         try:
             table = pa_json.read_json(
                 pa.BufferReader(joined),
-                read_options=pa_json.ReadOptions(block_size=block),
+                read_options=pa_json.ReadOptions(block_size=block, use_threads=False),
                 parse_options=pa_json.ParseOptions(
                     explicit_schema=pa.schema(list(pinned.items())), unexpected_field_behavior="infer"
                 ),
