@@ -1,4 +1,4 @@
-"""The exchange as its users meet it, embedded: what goes in comes out, or is held with a reason; versions never change."""
+"""The exchange as its users meet it, embedded: what goes in comes out or is held with a reason; versions stand."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.collect import formats
+from headrace.collect import codings, formats
 from headrace.collect.formats import Decompressor, Limits, check_ndjson, check_table, decompress, read_table, split_json
 from headrace.errors import BadData, TooLarge, UnsupportedType
 from headrace.model import RowError
@@ -78,7 +78,7 @@ def test_a_bomb_is_stopped_long_before_it_is_unpacked(encoding):
     bomb, seen = COMPRESS[encoding](bytes(200 << 20)), []
     with pytest.raises(TooLarge, match="100 times"):
         seen.extend(len(piece) for piece in coding.pieces(bomb))
-    assert sum(seen) <= 100 * len(bomb) + formats.PIECE_BYTES
+    assert sum(seen) <= 100 * len(bomb) + codings.PIECE_BYTES
 
 
 def test_a_body_beyond_the_byte_limit_is_refused_even_if_plain():

@@ -7,6 +7,7 @@ exact: quarantine rows are committed first, then the rows with the inbox mark in
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from headrace import arrivals, quarantine, reading, versions
 from headrace.catalog import Catalog
-from headrace.errors import HeadraceError
 from headrace.inbox import Entry, InboxReader
 from headrace.model import Version
 from headrace.root import Root
@@ -45,12 +46,19 @@ class Flusher:
     def run(self, stop: threading.Event, poll: float = 0.05) -> None:
         """Flush what is due until ``stop``. An error is logged and tried again; nothing leaves the inbox meanwhile."""
         while not stop.wait(poll):
-            for dataset in self.due():
+            for dataset in self._due_or_none():
                 try:
                     self.flush(dataset)
-                except (HeadraceError, OSError, pa.ArrowException) as error:
-                    log.error("a flush failed and will be tried again", dataset=dataset, error=str(error))
+                except Exception as error:
+                    log.error("a flush failed and will be tried again", dataset=dataset, exc_info=error)
                     stop.wait(1.0)
+
+    def _due_or_none(self) -> list[str]:
+        try:
+            return self.due()
+        except (sqlite3.Error, SQLAlchemyError, OSError) as error:
+            log.error("the inbox cannot be looked at; trying again", exc_info=error)
+            return []
 
     def due(self) -> list[str]:
         """Datasets whose part of the inbox is large or old enough."""

@@ -9,7 +9,6 @@ import threading
 from dataclasses import replace
 from typing import IO, Any
 
-import pyarrow as pa
 import structlog
 from dbos import DBOS, SetWorkflowID
 from dbos._serialization import DBOSPortableJSON
@@ -59,12 +58,17 @@ def _workflow(run_id: str) -> str:
                 _map(run_id, stage, group)
             _fit(run_id, stage)
         _publish(run_id)
-    except (HeadraceError, OSError, ValueError, KeyError, pa.ArrowException) as error:
-        known = error if isinstance(error, HeadraceError) else None
-        cause = known or RunFailed(f"{type(error).__name__}: {error}", hint="the worker's log has the details")
-        log.error("a run failed", run=run_id, error=str(error), exc_info=None if known else error)
-        _the_engine().fail(run_id, cause)
+    except HeadraceError as error:
+        log.warning("a run failed", run=run_id, error=error.message)
+        _the_engine().fail(run_id, error)
+    except Exception as error:
+        log.error("a run failed", run=run_id, exc_info=error)
+        _the_engine().fail(run_id, _unforeseen(error))
     return run_id
+
+
+def _unforeseen(error: Exception) -> RunFailed:
+    return RunFailed(f"{type(error).__name__}: {error}", hint="the worker's log has the details; run it again")
 
 
 class RunLoop:
@@ -118,10 +122,17 @@ class RunLoop:
 
     def run(self, stop: threading.Event, poll: float = 0.1) -> None:
         """Work until ``stop``; the run under way is finished at its next start if the process ends first."""
-        self._requeue_unknown()
+        known = False
         while not stop.wait(poll):
-            if self.engine.catalog.has_queued():
-                self.run_next()
+            try:
+                if not known:
+                    self._requeue_unknown()
+                    known = True
+                if self.engine.catalog.has_queued():
+                    self.run_next()
+            except Exception as error:
+                log.error("the run loop met an error and goes on", exc_info=error)
+                stop.wait(1.0)
 
     def _requeue_unknown(self) -> None:
         """Runs marked running that dbos never heard of: their worker died between the claim and the start."""
@@ -146,12 +157,15 @@ class RunLoop:
         with SetWorkflowID(run.id):
             handle = DBOS.start_workflow(_workflow, run.id)
         handle.get_result(polling_interval_sec=0.05)
+        left, _, _ = self.engine.catalog.run(run.id)
+        if left.status == "running":
+            self.engine.fail(run.id, RunFailed("the run ended without a word", hint="the worker's log has the details"))
 
     def _preview(self, run_id: str, rows: int) -> None:
         try:
             save_preview(self.engine.root, run_id, self.engine.preview(run_id, rows))
-        except (HeadraceError, OSError, ValueError, KeyError, pa.ArrowException) as error:
-            known = error if isinstance(error, HeadraceError) else RunFailed(f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - as for a run: somebody waits for the answer
+            known = error if isinstance(error, HeadraceError) else _unforeseen(error)
             self.engine.fail(run_id, known)
             save_preview(self.engine.root, run_id, known.to_dict())
             return

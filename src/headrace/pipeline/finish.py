@@ -161,6 +161,7 @@ def publish(root: Root, catalog: Catalog, recipe: Recipe, plan: Plan, work: Work
             versions.quarantine_rows(
                 root, catalog, recipe.dataset, list(held_rows(work, len(stages), tasks)), run.id, (f"run:{run.id}", 1)
             )
+            catalog.update_run(run)
             expect(recipe, run, sum(entry.rows for entry in writer.files))
             about = versions.About(
                 "recipe",
