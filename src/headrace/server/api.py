@@ -17,6 +17,7 @@ from headrace.errors import BadRef
 from headrace.model import Principal, Ref
 from headrace.server.metrics import Metrics
 from headrace.server.openapi import describe_hot_routes
+from headrace.server.pages import add_pages
 from headrace.server.wire import Workers
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def create_api(exchange: Exchange, workers: Workers, metrics: Metrics, on_revoke
         version=__version__,
         description="A data exchange for model training.",
         default_response_class=Json,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -255,12 +257,6 @@ def _add_tokens(api: FastAPI, exchange: Exchange, workers: Workers, on_revoke: C
         return Json(revoked)
 
 
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Headrace</title>
-<style>body{{font:16px/1.6 system-ui;margin:4rem auto;max-width:40rem;padding:0 1rem}}</style>
-<h1>Headrace {version}</h1><p>This exchange is up.</p>
-<p><a href="/docs">REST interface</a> · <a href="/healthz">health</a> · <a href="/readyz">readiness</a></p></html>"""
-
-
 def _add_status(api: FastAPI, exchange: Exchange, workers: Workers, metrics: Metrics) -> None:
     @api.get("/healthz", tags=["status"])
     async def healthz() -> Response:
@@ -277,6 +273,4 @@ def _add_status(api: FastAPI, exchange: Exchange, workers: Workers, metrics: Met
         """Counters in the Prometheus text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @api.get("/", include_in_schema=False)
-    async def home() -> Response:
-        return Response(_PAGE.format(version=__version__), media_type="text/html; charset=utf-8")
+    add_pages(api)

@@ -19,6 +19,7 @@ from headrace.server.auth import PUBLIC, Gate
 from headrace.server.files import Files, read_pieces
 from headrace.server.hot import GetData, Uploads
 from headrace.server.metrics import Metrics
+from headrace.server.pages import PREFIX
 from headrace.server.render import PARQUET, STREAMS, TEXTS, choose, parquet_file
 from headrace.server.wire import (
     ASGI,
@@ -118,7 +119,7 @@ class App:
             await self._delegate(request)
 
     async def _delegate(self, request: Request) -> None:
-        public = request.path in PUBLIC
+        public = request.path in PUBLIC or request.path.startswith(PREFIX)
         principal = _NOBODY if public else await self._gate.principal(request)
 
         async def send(message: Scope) -> None:
