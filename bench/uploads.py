@@ -181,7 +181,7 @@ def bulk(url: str, token: str, path: Path) -> dict[str, Any]:
         name = f"million-{turn}"
         with httpx.Client(base_url=url, timeout=300, headers=headers) as http, path.open("rb") as file:
             began = time.perf_counter()
-            body = iter(lambda: file.read(1 << 20), b"")  # noqa: B023
+            body = iter(lambda: file.read(1 << 20), b"")
             http.post(f"/v1/datasets/{name}/records", content=body).raise_for_status()
             while http.get(f"/v1/datasets/{name}").json().get("rows", 0) < MILLION:
                 time.sleep(0.02)
