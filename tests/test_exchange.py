@@ -190,6 +190,49 @@ def test_other_readers_see_what_the_exchange_gives(ex: Session, tmp_path: Path) 
     assert frame.to_dicts() == sorted(ours, key=key)
 
 
+TOKENS = """
+dataset: tokens
+collect: [{dataset: texts@latest}]
+transform:
+  - tokenize: {tokenizer: {train: bpe, vocab_size: 300}, pack: 16}
+"""
+
+
+def test_a_version_keeps_the_tokenizer_that_made_it_and_others_can_use_it(ex: Session) -> None:
+    from tokenizers import Tokenizer
+
+    ex.upload("texts", [{"text": f"the quick brown fox number {i} jumps over the lazy dog"} for i in range(200)])
+    ex.run(TOKENS)
+    tokenizer = Tokenizer.from_str(ex.tokenizer("tokens"))
+    first = ex.read("tokens", ["tokens"], limit=1).read_all().column(0).to_pylist()[0]
+    assert tokenizer.decode(first).startswith("the quick brown fox number 0 jumps")
+    (used,) = ex.show("tokens").fitted.values()
+    ex.run(TOKENS.replace("{train: bpe, vocab_size: 300}", used["tokenizer"]))
+    assert ex.show("tokens@1").fingerprint == ex.show("tokens@0").fingerprint
+    with pytest.raises(NotFound, match="not tokenised"):
+        ex.tokenizer("texts")
+
+
+def test_packing_accounts_for_every_token_and_names_its_documents(ex: Session) -> None:
+    texts = [f"document {i} " + "word " * (i % 40) for i in range(300)]
+    ex.upload("texts", [{"text": text} for text in texts])
+    ex.run(TOKENS.replace("{train: bpe, vocab_size: 300}", "bytes") + "publish: {split: {train: 0.7, val: 0.3}}\n")
+    pack = ex.show("tokens").counts[-1]
+    assert pack.tokens_in == sum(len(text.encode()) + 1 for text in texts)
+    assert pack.tokens_in == pack.tokens_out + pack.tokens_dropped
+    assert pack.tokens_out == 16 * ex.show("tokens").rows
+    known = dict(zip(*ex.read("texts", ["_id", "text"]).read_all().to_pydict().values(), strict=True))
+    splits: dict[str, set[str]] = {"train": set(), "val": set()}
+    for row in ex.read("tokens", ["tokens", "_sources", "_split"]).read_all().to_pylist():
+        whole = b"".join(
+            (known[p["id"]].encode() + b"\0")[p["start"] : p["start"] + p["length"]] for p in row["_sources"]
+        )
+        assert [256 if token == 0 else token for token in whole] == row["tokens"]
+        splits[row["_split"]].update(part["id"] for part in row["_sources"])
+    assert not splits["train"] & splits["val"]
+    assert len(splits["train"]) > 150
+
+
 def test_a_failed_expectation_publishes_nothing(ex: Session) -> None:
     _raw(ex)
     with pytest.raises(ExpectationFailed, match="min_rows"):
@@ -214,6 +257,22 @@ def test_a_trace_leads_from_a_step_to_its_sources_and_back(ex: Session) -> None:
 def test_a_second_program_cannot_open_the_same_root(ex: Session, tmp_path: Path) -> None:
     with pytest.raises(Conflict, match="in use by process"):
         headrace.connect(tmp_path / "root")
+
+
+def test_what_the_table_holds_and_the_catalog_lost_comes_back(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    with headrace.connect(root) as ex:
+        ex.upload("default", [{"x": 1}])
+    before = (root / "catalog.db").read_bytes()
+    with headrace.connect(root) as ex:
+        ex.upload("default", [{"x": 2}, {"x": "two"}])
+    (root / "catalog.db").write_bytes(before)
+    with headrace.connect(root) as ex:
+        assert [v.rows for v in ex.versions("default")] == [2, 1]
+        assert ex.get_data() == [{"x": 1}, {"x": 2}]
+        assert [q.record for q in ex.quarantine("default")] == ['{"x":"two"}']
+        ex.upload("default", [{"x": 3}])
+        assert ex.get_data() == [{"x": 1}, {"x": 2}, {"x": 3}]
 
 
 def test_where_and_columns_choose_rows(ex: Session) -> None:

@@ -272,12 +272,12 @@ class Catalog:
         version: Version,
         files: Sequence[FileEntry],
         *,
-        keep: Sequence[str] | None,
+        gone: Sequence[str] | None,
         arrow_schema: str,
         fingerprint_state: str,
         tag: str | None = None,
     ) -> None:
-        """Record a committed version: ``files`` are new, ``keep`` the ids of the previous one that stay (None: all).
+        """Record a committed version: ``files`` are new, ``gone`` the ids it no longer has (None: all it had before).
 
         Registering the same version again changes nothing, so a redo after a crash is safe.
         """
@@ -286,12 +286,16 @@ class Catalog:
             live = sa.and_(
                 _files.c.dataset == version.dataset, _files.c.removed.is_(None), _files.c.added < version.version
             )
-            if keep is not None:
-                gone = [row.id for row in db.execute(sa.select(_files.c.id).where(live)) if row.id not in set(keep)]
-                for start in range(0, len(gone), 500):
-                    chunk = gone[start : start + 500]
-                    db.execute(_files.update().where(_files.c.id.in_(chunk)).values(removed=version.version))
-            known = set(db.execute(sa.select(_files.c.id).where(_files.c.dataset == version.dataset)).scalars())
+            if gone is None:
+                db.execute(_files.update().where(live).values(removed=version.version))
+            for start in range(0, len(gone or ()), 500):
+                chunk = (gone or ())[start : start + 500]
+                db.execute(_files.update().where(live, _files.c.id.in_(chunk)).values(removed=version.version))
+            ids = [entry.id for entry in files]
+            known: set[str] = set()
+            for start in range(0, len(ids), 500):
+                chunk = ids[start : start + 500]
+                known.update(db.execute(sa.select(_files.c.id).where(_files.c.id.in_(chunk))).scalars())
             rows = [
                 {**to_dict(entry), "dataset": version.dataset, "added": version.version, "removed": None}
                 for entry in files
@@ -350,6 +354,17 @@ class Catalog:
         with self._read() as db:
             rows = db.execute(query.order_by(_files.c.start).limit(limit)).all()
         return [FileEntry(r.id, r.rows, r.bytes, r.sha256, r.start, r.path, r.split) for r in rows]
+
+    def last_files(self, dataset: str, version: int, count: int) -> list[FileEntry]:
+        """The last ``count`` files of a version, in row order."""
+        query = sa.select(_files).where(
+            _files.c.dataset == dataset,
+            _files.c.added <= version,
+            sa.or_(_files.c.removed.is_(None), _files.c.removed > version),
+        )
+        with self._read() as db:
+            rows = db.execute(query.order_by(_files.c.start.desc()).limit(count)).all()
+        return [FileEntry(r.id, r.rows, r.bytes, r.sha256, r.start, r.path, r.split) for r in reversed(rows)]
 
     def file(self, file_id: str) -> tuple[str, FileEntry]:
         """The dataset and entry of one file id; NotFound if there is none."""

@@ -60,9 +60,17 @@ class Step:
         """Keep, drop or rewrite the rows of ``batch``, in order. System columns (``_id`` …) go through untouched."""
         raise NotImplementedError
 
+    def used(self, state: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """What decided the result beside recipe and data, for the version to keep; ``path`` names a file to keep."""
+        return {}
+
     def expand(self, base: Path | None) -> list[Step]:  # noqa: ARG002
         """The steps that run for this one, in order; relative paths among its options count from ``base``."""
         return [self]
+
+    def paths(self) -> tuple[str, ...]:
+        """Files of the exchange's machine that the step's options name and it will read."""
+        return ()
 
 
 @dataclass(frozen=True)

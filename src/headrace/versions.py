@@ -30,6 +30,7 @@ from headrace.store.types import decode_schema, describe, encode_schema, to_stor
 CODE = f"headrace {__version__}"
 _TIERS = (32 * MiB, 4 * MiB, 512 * KiB, 64 * KiB)
 _TIER_FILES = 8
+_LOOK_BACK = 256
 _PART_BYTES = 32 * MiB
 _tables: dict[Path, Table] = {}
 _tables_lock = threading.Lock()
@@ -76,7 +77,7 @@ def _register(catalog: Catalog, meta: Mapping[str, Any], delta_version: int) -> 
     catalog.register(
         version,
         [from_dict(FileEntry, entry) for entry in meta["files"]],
-        keep=meta["keep"],
+        gone=meta["gone"],
         arrow_schema=meta["arrow_schema"],
         fingerprint_state=meta["fingerprint_state"],
         tag=meta["tag"],
@@ -98,7 +99,7 @@ def append(
     Small files at the end of the table are merged in the same commit, without a data change.
     """
     latest = catalog.latest(dataset)
-    files = catalog.files(dataset, latest.version) if latest else []
+    files = catalog.last_files(dataset, latest.version, _LOOK_BACK) if latest else []
     table, stored = table_at(root.table(dataset)), to_stored(schema)
     hashed = _resume(root, catalog, latest, files)
     hashed.add_columns(schema)
@@ -106,10 +107,8 @@ def append(
     merging = _mergeable(files)
     merged = [_write(table, _read(root, dataset, merging, stored), stored, merging[0].start)] if merging else []
     entries = [_entry(made) for made in (*merged, *added)]
-    gone = {entry.id for entry in merging}
-    kept = [entry for entry in files if entry.id not in gone]
-    version = _version(dataset, latest, about, hashed, schema, [*kept, *entries], _width(batches))
-    meta = _meta(version, entries, [entry.id for entry in kept], schema, hashed, about.tag)
+    version = _version(dataset, latest, about, hashed, schema, _sizes(latest, entries, merging), _width(batches))
+    meta = _meta(version, entries, [entry.id for entry in merging], schema, hashed, about.tag)
     delta = table.create_or_append(
         added, stored, (app, about.inbox_seq), meta,
         removes=[e.path for e in merging], compacted=merged,
@@ -200,8 +199,9 @@ def publish(catalog: Catalog, dataset: str, writer: Writer, about: About, app: t
     latest = catalog.latest(dataset)
     entries = [_entry(made) for made in writer.files]
     width = writer.arrow_bytes / max(1, sum(entry.rows for entry in entries))
-    version = _version(dataset, latest, about, writer.hashed, writer.schema, entries, width)
-    meta = _meta(version, entries, [], writer.schema, writer.hashed, about.tag)
+    sizes = _sizes(None, entries, ())
+    version = _version(dataset, latest, about, writer.hashed, writer.schema, sizes, width)
+    meta = _meta(version, entries, None, writer.schema, writer.hashed, about.tag)
     delta = writer.table.overwrite(writer.files, writer.stored, app, meta)
     return _register(catalog, meta, delta)
 
@@ -246,7 +246,7 @@ def _mergeable(files: Sequence[FileEntry]) -> list[FileEntry]:
     for tier in _TIERS:
         run: list[FileEntry] = []
         for entry in reversed(files):
-            if entry.bytes >= tier:
+            if entry.bytes >= tier or entry.split is not None:
                 break
             run.append(entry)
         if len(run) >= _TIER_FILES and (tier == _TIERS[-1] or sum(e.bytes for e in run) >= tier):
@@ -260,10 +260,12 @@ def _resume(root: Root, catalog: Catalog, latest: Version | None, files: Sequenc
     state = json.loads(catalog.details(latest.dataset, latest.version)[1])
     before = to_stored(decode_schema(catalog.details(latest.dataset, latest.version)[0]))
     tail = int(state["rows"]) % BLOCK_ROWS
-    return Fingerprint.resume(
-        state,
-        read_batches(reading.paths_of(root, latest.dataset, files), before, skip=latest.rows - tail) if tail else (),
-    )
+    if not tail:
+        return Fingerprint.resume(state, ())
+    if latest.rows - tail < files[0].start:
+        files = catalog.files(latest.dataset, latest.version)
+    skip = latest.rows - tail - files[0].start
+    return Fingerprint.resume(state, read_batches(reading.paths_of(root, latest.dataset, files), before, skip=skip))
 
 
 def _width(batches: Sequence[pa.RecordBatch]) -> float:
@@ -276,32 +278,50 @@ def _block_rows(width: float) -> int:
     return 1 << min(16, max(8, round(math.log2(max(1.0, rows)))))
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    rows: int
+    bytes: int
+    files: int
+    splits: Mapping[str, int]
+
+
+def _sizes(before: Version | None, added: Sequence[FileEntry], gone: Sequence[FileEntry]) -> _Sizes:
+    """The sizes of a version: those of the one before with files added and others gone, without a look at the rest."""
+    splits = dict(before.splits) if before else {}
+    for entry in added:
+        if entry.split is not None:
+            splits[entry.split] = splits.get(entry.split, 0) + entry.rows
+    return _Sizes(
+        (before.rows if before else 0) + sum(e.rows for e in added) - sum(e.rows for e in gone),
+        (before.bytes if before else 0) + sum(e.bytes for e in added) - sum(e.bytes for e in gone),
+        (before.files if before else 0) + len(added) - len(gone),
+        splits,
+    )
+
+
 def _version(
     dataset: str,
     latest: Version | None,
     about: About,
     hashed: Fingerprint,
     schema: pa.Schema,
-    files: Sequence[FileEntry],
+    sizes: _Sizes,
     width: float,
 ) -> Version:
-    splits: dict[str, int] = {}
-    for entry in files:
-        if entry.split is not None:
-            splits[entry.split] = splits.get(entry.split, 0) + entry.rows
     return Version(
         dataset=dataset,
         version=latest.version + 1 if latest else 0,
         created_at=now(),
         kind=about.kind,
-        rows=sum(entry.rows for entry in files),
-        bytes=sum(entry.bytes for entry in files),
-        files=len(files),
+        rows=sizes.rows,
+        bytes=sizes.bytes,
+        files=sizes.files,
         fingerprint=hashed.digest(),
         schema=describe(schema),
         block_rows=_block_rows(width),
         delta_version=-1,
-        splits=splits,
+        splits=sizes.splits,
         run=about.run,
         recipe=about.recipe,
         inputs=about.inputs,
@@ -315,7 +335,7 @@ def _version(
 def _meta(
     version: Version,
     files: Sequence[FileEntry],
-    keep: list[str],
+    gone: list[str] | None,
     schema: pa.Schema,
     hashed: Fingerprint,
     tag: str | None,
@@ -323,7 +343,7 @@ def _meta(
     return {
         "version": to_dict(version),
         "files": [to_dict(entry) for entry in files],
-        "keep": keep,
+        "gone": gone,
         "arrow_schema": encode_schema(schema),
         "fingerprint_state": json.dumps(hashed.state()),
         "tag": tag,

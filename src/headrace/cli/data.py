@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headrace.cli import out
-from headrace.errors import BadRequest
+from headrace.errors import BadRequest, NotFound
 from headrace.lazy import load
 from headrace.model import to_dict
 
@@ -60,6 +60,15 @@ def _send(session: Session, dataset: str, source: str, options: dict[str, Any], 
         return session.upload(dataset, records, on_progress=heard, **options)
 
 
+def _check_files(files: list[str]) -> None:
+    """Look before anything is sent, so that a misspelt name does not leave half of the files uploaded."""
+    for name in files:
+        if name != "-" and Path(name).is_dir():
+            raise BadRequest(f"{name!r} is a folder", hint="name its files, for example with a pattern of your shell")
+        if name != "-" and not Path(name).exists():
+            raise NotFound(f"there is no file {name!r}", hint="check the path; nothing was sent")
+
+
 def _print_receipt(receipt: Receipt) -> None:
     said = [f"{receipt.dataset}: {out.count(receipt.accepted)} accepted"]
     said += [f"{out.count(receipt.rejected)} rejected"] if receipt.rejected else []
@@ -88,6 +97,7 @@ def upload(
     """Send files into a dataset. What is accepted is safe on disk. Exits with 1 if any record was rejected."""
     if idempotency_key is not None and len(files) > 1:
         raise BadRequest("one --idempotency-key cannot name several files", hint="upload them one by one")
+    _check_files(files)
     options = {"format": format, "key": key, "idempotency_key": idempotency_key}
     receipts: list[Receipt] = []
     with out.connect(root, url, token, new=True) as session:
@@ -185,6 +195,12 @@ def show(
     return out.print_json(version) if json else _print_version(version)
 
 
+def tokenizer(ref: RefText, root: out.Root = None, url: out.Url = None, token: out.Secret = None) -> None:
+    """Print the tokenizer.json that made a version's tokens."""
+    with out.connect(root, url, token) as session:
+        typer.echo(session.tokenizer(ref))
+
+
 def head(
     ref: RefText,
     rows: Annotated[int, typer.Option("--rows", "-n", min=0, help="How many rows.")] = 10,
@@ -264,8 +280,19 @@ def quarantine(
         found = session.quarantine(dataset, rule, limit)
     if json:
         return out.print_json(found)
+    under = "" if rule is None else f" under rule {rule!r}"
     names = ("ID", "STEP", "RULE", "FIELD", "VALUE", "REASON", "RECORD")
-    return out.table(names, [_quarantine_row(q) for q in found], "nothing is in quarantine")
+    return out.table(names, [_quarantine_row(q) for q in found], f"nothing is in quarantine{under}")
+
+
+def _came_from(row: TracedRow, source: Mapping[str, Any]) -> str:
+    """Where a source record came from, in words; its own ``_id`` only if it is not that of the row."""
+    told = [f"{source.get('source') or 'unknown'}: {source.get('locator') or '-'}"]
+    told += [f"record {source['id']}"] if source.get("id") not in (None, row.id) else []
+    if source.get("length") is not None:
+        told.append(f"from position {source.get('start', 0)}, {source['length']} long")
+    told += [f"collected {out.moment(source['collected_at'])}"] if source.get("collected_at") else []
+    return ", ".join(told)
 
 
 def _traced_rows(found: list[TracedRow]) -> list[tuple[Any, ...]]:
@@ -273,7 +300,7 @@ def _traced_rows(found: list[TracedRow]) -> list[tuple[Any, ...]]:
     for row in found:
         for nth, source in enumerate(row.sources or ({},)):
             first = (row.step, row.rank, row.row, row.id) if nth == 0 else ("", "", "", "")
-            rows.append((*first, ", ".join(f"{name} {value}" for name, value in source.items())))
+            rows.append((*first, _came_from(row, source)))
     return rows
 
 
@@ -296,6 +323,8 @@ def trace(
 
     Or find a row by its _id, or the rows that a source record became. Give exactly one of --step, --row and --source.
     """
+    if sum(asked is not None for asked in (step, row, source)) != 1:
+        raise BadRequest("give exactly one of --step, --row and --source", hint="for example --step 1200")
     with out.connect(root, url, token) as session:
         found = session.trace(
             ref,
@@ -328,5 +357,5 @@ def receipt(
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the command."""
-    for verb in (upload, datasets, versions, show, head, tag, diff, quarantine, trace, receipt):
+    for verb in (upload, datasets, versions, show, head, tokenizer, tag, diff, quarantine, trace, receipt):
         app.command()(verb)

@@ -164,7 +164,10 @@ class RemoteSession(Session):
 
     def _get_data(self, limit: int | None, offset: int) -> Iterator[bytes]:
         params = {"limit": limit, "offset": offset or None}
-        response = self._stream("/get_data", params, "application/json")
+        return self._stream_bytes("/get_data", params)
+
+    def _stream_bytes(self, path: str, params: Mapping[str, Any]) -> Iterator[bytes]:
+        response = self._stream(path, params, "application/json")
         try:
             yield from response.iter_bytes()
         except httpx.TransportError as error:
@@ -278,6 +281,9 @@ class RemoteSession(Session):
     def _create_token(self, name: str, role: str, datasets: Sequence[str], days: int | None) -> Token:
         body = {"name": name, "role": role, "datasets": list(datasets), "days": days}
         return from_dict(Token, self._http.call("POST", "/v1/tokens", json=body))
+
+    def _tokenizer(self, ref: Ref) -> bytes:
+        return b"".join(self._stream_bytes(_path(ref.dataset, "/tokenizer"), {"ref": _at(ref)}))
 
     def tokens(self) -> list[Token]:
         """All tokens, without their secrets."""

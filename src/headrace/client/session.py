@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import json
 import time
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from headrace import errors, show
 from headrace.client.payload import Content, payload, watched
-from headrace.errors import BadRequest, Conflict, NotFound
+from headrace.errors import BadRecipe, BadRef, BadRequest, Conflict, NotFound
 from headrace.model import (
     Dataset,
     Diff,
@@ -57,7 +58,22 @@ def recipe_text(recipe: str | Path) -> tuple[str, str]:
     try:
         return path.read_text(encoding="utf-8"), str(path.resolve().parent)
     except UnicodeDecodeError:
-        raise errors.BadRecipe(f"{str(recipe)!r} is not UTF-8 text", hint="a recipe is a YAML file") from None
+        raise BadRecipe(f"{str(recipe)!r} is not UTF-8 text", hint="a recipe is a YAML file") from None
+
+
+@contextlib.contextmanager
+def _naming(recipe: str | Path) -> Iterator[None]:
+    """Problems of a recipe that came from a file name that file: the exchange has seen its text alone."""
+    try:
+        yield
+    except BadRecipe as error:
+        problems, text = error.details.get("problems"), str(recipe)
+        if not problems or "\n" in text or ": " in text:
+            raise
+        first = problems[0]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        message = f"{text}, line {first['line']}: {first['message']}{more}"
+        raise BadRecipe(message, hint=error.hint, details={**error.details, "file": text}) from None
 
 
 class Session(abc.ABC):
@@ -146,6 +162,10 @@ class Session(abc.ABC):
         """Make a token; the answer alone holds its secret."""
 
     @abc.abstractmethod
+    def _tokenizer(self, ref: Ref) -> bytes:
+        """The tokenizer.json of a version."""
+
+    @abc.abstractmethod
     def datasets(self) -> list[Dataset]:
         """All datasets that this caller may see."""
 
@@ -219,7 +239,8 @@ class Session(abc.ABC):
 
     def preview(self, recipe: str | Path, rows: int = 1000) -> dict[str, Any]:
         """What a recipe does to the first ``rows`` records: counts per step, samples, drops. Commits nothing."""
-        return self._preview(*recipe_text(recipe), rows)
+        with _naming(recipe):
+            return self._preview(*recipe_text(recipe), rows)
 
     def run(self, recipe: str | Path, wait: bool = True, on_progress: RunProgress | None = None) -> Run:
         """Run a recipe (file or YAML text). With ``wait`` returns when it has succeeded, else at once, queued.
@@ -227,7 +248,8 @@ class Session(abc.ABC):
         ``on_progress`` hears the run as it changes. Raises BadRecipe before anything runs, RunFailed or
         ExpectationFailed (``details["run"]`` is the run's id) when it ends without a version.
         """
-        run = self._start_run(*recipe_text(recipe))
+        with _naming(recipe):
+            run = self._start_run(*recipe_text(recipe))
         return self.wait(run.id, on_progress) if wait else run
 
     def wait(self, id: str, on_progress: RunProgress | None = None) -> Run:
@@ -264,8 +286,11 @@ class Session(abc.ABC):
         return self._version(_ref(ref))
 
     def diff(self, base: Ref | str, other: Ref | str) -> Diff:
-        """Records added, removed and changed from ``base`` to ``other``."""
-        return self._diff(_ref(base), _ref(other))
+        """Records added, removed and changed from ``base`` to ``other``, two versions of one dataset."""
+        base, other = _ref(base), _ref(other)
+        if base.dataset != other.dataset:
+            raise BadRef(f"{base} and {other} are of two datasets", hint="compare two versions of one dataset")
+        return self._diff(base, other)
 
     def tag(self, ref: Ref | str, name: str) -> Version:
         """Make the tag ``name`` stand for a version; a tag that stood elsewhere moves."""
@@ -282,6 +307,10 @@ class Session(abc.ABC):
         if limit is not None and limit < 0:
             raise BadRequest(f"limit={limit} is below 0", hint="leave it out for all rows")
         return self._read(_ref(ref), None if columns is None else list(columns), where, limit)
+
+    def tokenizer(self, ref: Ref | str) -> str:
+        """The tokenizer.json that made a version's tokens: ``tokenizers.Tokenizer.from_str`` reads it. NotFound."""
+        return self._tokenizer(_ref(ref)).decode()
 
     def head(self, ref: Ref | str, n: int = HEAD_ROWS) -> list[dict[str, Any]]:
         """The first ``n`` rows as dicts."""

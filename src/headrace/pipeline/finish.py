@@ -25,6 +25,7 @@ from headrace.steps import Carried, SequentialStep
 from headrace.store.disk import DISK
 
 ORIGINS = pa.schema([("_id", pa.string()), ("_source", quarantine.SOURCE)])
+_OF_THE_RUN = ("files", "path", "folder", "tasks")
 Rows = Iterator[tuple[pa.RecordBatch, str | None]]
 
 
@@ -94,16 +95,35 @@ def held_rows(work: Work, stages: int, tasks: int) -> Iterator[pa.RecordBatch]:
             yield from spilled(work.path("held", stage, task, ""))
 
 
-def fitted(work: Work, recipe: Recipe) -> dict[str, Any]:
-    """What the steps fitted, as the version keeps it, without the parts that only name files of the run."""
+def fitted(root: Root, work: Work, recipe: Recipe) -> dict[str, Any]:
+    """What the steps fitted or used, by their place in the recipe; a tokenizer is kept under its own hash."""
     found: dict[str, Any] = {}
+    place = 0
     for number, stage in enumerate(stages_of(recipe)):
-        if stage.fits is not None:
-            state = work.load(f"fit-{number}.json") or {}
-            kept = {key: value for key, value in state.items() if key not in ("files", "path", "folder", "tasks")}
+        for first, step in enumerate(stage.steps):
+            state = work.state(number) if first == 0 else {}
+            kept = {key: value for key, value in state.items() if key not in _OF_THE_RUN}
+            kept.update(step.used({"tokenizers": str(root.tokenizers), **state}))
+            if "path" in kept:
+                kept["tokenizer"] = _keep_tokenizer(root, Path(kept.pop("path")), kept["sha256"])
             if kept:
-                found[f"{number}.{stage.fits.name}"] = kept
+                found[f"{place}.{step.name}"] = kept
+            place += 1
     return found
+
+
+def _keep_tokenizer(root: Root, path: Path, sha256: str) -> str:
+    """Keep a tokenizer for all who decode, or tokenise alike; return the name that recipes can give it."""
+    name = sha256[:16]
+    root.tokenizers.mkdir(mode=0o700, exist_ok=True)
+    kept = root.tokenizers / f"{name}.json"
+    if not kept.exists():
+        draft = kept.with_suffix(".draft")
+        draft.write_bytes(path.read_bytes())
+        DISK.sync_path(draft)
+        DISK.rename(draft, kept)
+        DISK.sync_folder(root.tokenizers)
+    return name
 
 
 def totals(run: Run, counts: Iterable[StepCount]) -> Run:
@@ -169,7 +189,7 @@ def publish(root: Root, catalog: Catalog, recipe: Recipe, plan: Plan, work: Work
                 recipe.fingerprint,
                 plan.inputs,
                 run.steps,
-                fitted(work, recipe),
+                fitted(root, work, recipe),
                 tag=recipe.publish.tag,
             )
             made = versions.publish(catalog, recipe.dataset, writer, about, (f"run:{run.id}", 1))

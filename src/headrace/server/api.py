@@ -173,6 +173,12 @@ def _add_feed(api: FastAPI, exchange: Exchange, workers: Workers) -> None:
             return Response(status_code=304, headers={"etag": etag})
         return Json(found, headers={"etag": etag})
 
+    @api.get("/v1/datasets/{name}/tokenizer", tags=["feed"])
+    async def tokenizer(p: Caller, name: str, ref: str | None = None) -> Response:
+        """The tokenizer.json that made a version's tokens."""
+        found = await workers.run(exchange.tokenizer, p, ref_of(name, ref))
+        return Response(found, media_type="application/json")
+
     @api.post("/v1/files:sign", tags=["feed"])
     async def sign(p: Caller, call: Call, body: SignBody) -> Response:
         """Short-lived URLs for files of a manifest."""

@@ -81,7 +81,7 @@ class Tokenize(Step):
             first = TrainedTokens(self.column, self.eos, self.into, self.tokenizer)
         else:
             where = self.tokenizer
-            if where.endswith(".json") or "/" in where:
+            if _is_path(where):
                 where = str((base or Path()) / Path(where).expanduser())
             first = Tokens(self.column, self.eos, self.into, where)
         return [first] if self.pack is None else [first, Pack(self.pack, self.into)]
@@ -102,9 +102,13 @@ def _load(path: str, sha256: str | None, _modified: int) -> Any:
         raise BadRecipe(f"step 'tokenize': {path} is not a tokenizer: {error}", hint="give a tokenizer.json") from None
 
 
+def _is_path(name: str) -> bool:
+    return name.endswith(".json") or "/" in name or name in (".", "..")
+
+
 def _find(name: str, state: Mapping[str, Any]) -> Path:
     """The tokenizer.json behind a name or path; raises BadRecipe that says where it belongs."""
-    if name.endswith(".json") or "/" in name:
+    if _is_path(name):
         path = Path(name)
         places = [path / "tokenizer.json", path] if path.is_dir() else [path]
     else:
@@ -204,6 +208,19 @@ class Tokens(_TokenStep):
 
     tokenizer: str
 
+    def paths(self) -> tuple[str, ...]:
+        """The tokenizer, unless it is one of the named ones, which anyone may use."""
+        return (self.tokenizer,) if _is_path(self.tokenizer) else ()
+
+    def used(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The tokenizer: its file, sha256 and size; bytes need none."""
+        if self.tokenizer == BYTES:
+            return {"tokenizer": BYTES}
+        path = _find(self.tokenizer, state)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        size = _load(str(path), digest, path.stat().st_mtime_ns).get_vocab_size()
+        return {"path": str(path), "sha256": digest, "vocab_size": size}
+
     def apply(self, batch: pa.RecordBatch, state: Mapping[str, Any], at: Position) -> Outcome:  # noqa: ARG002
         """list<uint16> tokens in the text's place (uint32 beyond 65,536 entries); null and empty texts are dropped."""
         outcome = self._good(batch)
@@ -243,6 +260,10 @@ class TrainedTokens(_TokenStep, FitStep):
                 spare -= int(ends[count - 1])
                 if share <= 0:
                     break
+
+    def used(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The trained tokenizer: its file, sha256 and size."""
+        return {key: state[key] for key in ("path", "sha256", "vocab_size")}
 
     def fit(self, keys: Sequence[Path], out: Path) -> dict[str, Any]:
         """Train, and write ``out``/tokenizer.json: ``path``, ``sha256`` and ``vocab_size``."""
