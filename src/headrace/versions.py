@@ -375,7 +375,7 @@ def recover_quarantine(root: Root, catalog: Catalog, dataset: str) -> None:
     if not table.exists():
         return
     known = {path for _, path, _, _, _ in catalog.quarantine_files(dataset)}
-    for commit in table.history(0):
+    for commit in table.history():
         entry = commit.meta.get("quarantine") if commit.meta else None
         if entry and entry["path"] not in known:
             catalog.add_quarantine(dataset, entry["path"], entry["run"], entry["rules"])
