@@ -116,12 +116,21 @@ def test_an_error_is_three_lines_and_an_exit_code(
 
 def test_the_problems_of_a_recipe_are_listed_with_their_lines(shell: Shell, there: Peer) -> None:
     Path("r.yaml").write_text(RECIPE)
-    problem = {"line": 3, "what": "unknown key 'unicod'", "nearest": "unicode"}
-    error = {"code": "bad_recipe", "message": "2 problems", "hint": "fix them", "details": {"problems": [problem]}}
+    problem = {"line": 3, "path": "clean[0].unicod", "message": "there is no step 'unicod'", "hint": "unicode?"}
+    error = {"code": "bad_recipe", "message": "recipe, line 3", "hint": "unicode?", "details": {"problems": [problem]}}
     there.on["POST /v1/runs"] = answer({"error": error}, 422)
     done = shell("run", "r.yaml")
     assert done.code == 2
-    assert "line 3: unknown key 'unicod' (nearest: unicode)" in done.err
+    assert done.err.splitlines()[1:] == ["  why: r.yaml, line 3: there is no step 'unicod'", "  do:  unicode?"]
+    error["details"] = {"problems": [problem, {"line": 9, "path": "", "message": "no dataset", "hint": ""}]}
+    there.on["POST /v1/runs"] = answer({"error": error}, 422)
+    assert shell("run", "r.yaml").err.splitlines()[1:] == [
+        "  why: r.yaml has 2 problems",
+        "       line 3: there is no step 'unicod'; unicode?",
+        "       line 9: no dataset",
+        "  do:  mend these lines",
+    ]
+    assert json.loads(shell("run", "r.yaml", "--json").err)["error"]["details"]["file"] == "r.yaml"
 
 
 @pytest.mark.parametrize(
@@ -135,6 +144,9 @@ def test_the_problems_of_a_recipe_are_listed_with_their_lines(shell: Shell, ther
         ["trace", "d@1"],
         ["run", "r.yaml", "--engine", "abacus"],
         ["datasets", "--root", ".", "--url", "http://x"],
+        ["datasets", "--url", "a-folder"],
+        ["diff", "d@1", "e@1"],
+        ["trace", "d@1", "--step", "1", "--row", "id"],
         ["upload", "d", "a.csv", "b.csv", "--idempotency-key", "k"],
         ["token", "create", "ana", "--role", "king"],
     ],
@@ -228,12 +240,13 @@ def test_quarantine_says_rule_value_and_reason(shell: Shell, there: Peer) -> Non
 
 
 def test_trace_follows_a_step_to_every_source(shell: Shell, there: Peer) -> None:
-    sources = ({"source": "web", "locator": "a#1"}, {"source": "web", "locator": "a#2"})
+    first = {"source": "web", "locator": "a#1", "collected_at": TIME, "id": "id7"}
+    sources = (first, {"source": "web", "locator": "a#2", "id": "id8", "start": 5, "length": 3})
     there.on["GET /v1/datasets/d/trace"] = items(TracedRow(7, "id7", sources, rank=0, step=5))
     words = "trace d@3 --step 5 --seed 1 --epoch 2 --batch 8 --world 4 --shuffle global"
     out = lines(shell(*words.split()).out)
-    assert out[1] == ["5", "0", "7", "id7", "source", "web,", "locator", "a#1"]
-    assert out[2] == ["source", "web,", "locator", "a#2"]
+    assert out[1] == ["5", "0", "7", "id7", "web:", "a#1,", "collected", "2026-01-02", "03:04:05Z"]
+    assert " ".join(out[2]) == "web: a#2, record id8, from position 5, 3 long"
     assert there.calls[0].query == {
         "ref": "3", "step": "5", "seed": "1", "epoch": "2", "batch_size": "8", "world_size": "4", "shuffle": "global",
     }  # fmt: skip
@@ -274,9 +287,12 @@ def test_standard_input_is_ndjson_unless_said_otherwise(shell: Shell, there: Pee
     assert (there.calls[0].body, there.calls[0].headers["content-type"]) == (b"the body", kind)
 
 
-def test_a_file_that_is_not_there_is_not_found(shell: Shell, there: Peer) -> None:
-    done = shell("upload", "d", "missing.csv")
-    assert done.code == 4
+def test_nothing_is_sent_unless_every_file_is_there(shell: Shell, there: Peer) -> None:
+    Path("a.csv").write_text("x\n1\n")
+    done = shell("upload", "d", "a.csv", "missing.csv")
+    assert (done.code, "'missing.csv'" in done.err) == (4, True)
+    done = shell("upload", "d", "a.csv", ".")
+    assert (done.code, "is a folder" in done.err) == (2, True)
     assert there.calls == []
 
 

@@ -72,6 +72,9 @@ def test_no_match_names_the_pattern_and_the_folder(tmp_path):
         plan("*.jsonl", tmp_path)
     assert "'*.jsonl'" in missing.value.message
     assert str(tmp_path) in missing.value.message
+    with pytest.raises(BadData) as missing:
+        plan(f"{tmp_path}/*.jsonl", tmp_path)
+    assert missing.value.message == f"no file matches '{tmp_path}/*.jsonl'"
 
 
 def test_an_unknown_format_is_refused_unless_it_is_said(tmp_path):

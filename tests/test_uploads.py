@@ -86,8 +86,8 @@ def test_one_dict_is_one_record_and_a_long_or_lazy_list_is_streamed(ex: RemoteSe
         ([{"x": 1}, {"a": {"b": [0.0, float("nan")]}}], "record 1 holds NaN or infinity at a.b[1]"),
         ([{"x": np.array([1.0, np.inf])}], "record 0 holds NaN or infinity at x[1]"),
         ([{"x": b"raw"}], "bytes have no JSON form"),
-        ([{"x": object()}], "a object has no JSON form"),
-        ([[1, 2]], "record 0 is a list, not a dict"),
+        ([{"x": object()}], "a value of type object has no JSON form"),
+        ([[1, 2]], "record 0 is of type list, not a dict"),
     ],
 )
 def test_a_value_that_json_cannot_say_is_refused_and_nothing_is_sent(

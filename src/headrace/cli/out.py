@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = "headrace-data"
 CELL_CHARS = 60
+PROBLEMS_SHOWN = 20
 
 Root = Annotated[
     Path | None,
@@ -43,6 +44,8 @@ def connect(root: Path | None, url: str | None, token: str | None, new: bool = F
         raise BadRequest("--root and --url name two exchanges", hint="give one of them")
     url = url or (None if root is not None else os.environ.get("HEADRACE_URL"))
     if url:
+        if "://" not in url:
+            raise BadRequest(f"{clean(url)!r} is no URL of an exchange", hint="for example --url http://127.0.0.1:7070")
         session: Session = load("headrace").connect(url, token)
         return session
     folder = root_folder(root)
@@ -85,8 +88,8 @@ def size(number: float) -> str:
 
 
 def moment(iso: str | None) -> str:
-    """A moment to the second, as 2026-01-31 12:00:00."""
-    return (iso or "-")[:19].replace("T", " ")
+    """A moment of UTC to the second, as 2026-01-31 12:00:00Z."""
+    return f"{iso[:19].replace('T', ' ')}Z" if iso else "-"
 
 
 def print_json(value: Any) -> None:
@@ -136,22 +139,24 @@ def report(error: HeadraceError, verb: str, as_json: bool) -> None:
         typer.echo(load("orjson").dumps(error.to_dict(), default=str).decode(), err=True)
         return
     note(f"headrace {verb}: {error.code.replace('_', ' ')}")
-    note(f"  why: {clean(error.message, None)}")
-    for problem in list(error.details.get("problems") or [])[:20]:
+    problems = list(error.details.get("problems") or [])
+    if len(problems) <= 1:
+        note(f"  why: {clean(error.message, None)}")
+        if error.hint:
+            note(f"  do:  {clean(error.hint, None)}")
+        return
+    # Each problem brings its own remedy; the message and hint would only repeat the first.
+    note(f"  why: {clean(error.details.get('file', 'the recipe'))} has {len(problems)} problems")
+    for problem in problems[:PROBLEMS_SHOWN]:
         note(f"       {problem_line(problem)}")
-    if error.hint:
-        note(f"  do:  {clean(error.hint, None)}")
+    more = len(problems) - PROBLEMS_SHOWN
+    note(f"  do:  mend these lines{f', then see the {more} others' if more > 0 else ''}")
 
 
-def problem_line(problem: Any) -> str:
-    """One problem of a recipe in one line."""
-    if not isinstance(problem, Mapping):
-        return clean(problem, None)
-    said = dict(problem)
-    at = f"line {said.pop('line')}: " if said.get("line") is not None else ""
-    what = said.pop("what", None) or said.pop("message", None) or ""
-    rest = "; ".join(f"{name}: {clean(value, None)}" for name, value in said.items() if value not in (None, "", [], ()))
-    return at + clean(what, None) + (f" ({rest})" if rest else "")
+def problem_line(problem: Mapping[str, Any]) -> str:
+    """One problem of a recipe in one line: where, what is wrong, and what to write instead."""
+    remedy = f"; {problem['hint']}" if problem.get("hint") else ""
+    return clean(f"line {problem.get('line', '?')}: {problem.get('message', '')}{remedy}", None)
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -159,5 +164,5 @@ def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise BadRequest(f"{question} Nobody is there to answer.", hint="add --yes")
+        raise BadRequest(f"{question} There is no terminal to ask.", hint="add --yes")
     typer.confirm(question, abort=True)

@@ -73,7 +73,7 @@ def _plain(value: Any) -> Any:
         raise TypeError("bytes have no JSON form: send an Arrow table, or base64 text")
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"a {type(value).__name__} has no JSON form")
+    raise TypeError(f"a value of type {type(value).__name__} has no JSON form")
 
 
 def _not_finite(value: Any, path: str = "") -> str | None:
@@ -89,7 +89,7 @@ def _not_finite(value: Any, path: str = "") -> str | None:
 
 def _line(index: int, record: Any) -> bytes:
     if not isinstance(record, Mapping):
-        raise BadData(f"record {index} is a {type(record).__name__}, not a dict", hint="upload a list of dicts")
+        raise BadData(f"record {index} is of type {type(record).__name__}, not a dict", hint="upload a list of dicts")
     try:
         line = orjson.dumps(record, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY)
     except TypeError:
@@ -262,7 +262,8 @@ def payload(records: Any, kind: str | None = None) -> Payload:
     if isinstance(records, Iterable):
         return Payload(_ndjson(records), NDJSON)
     raise BadRequest(
-        f"a {type(records).__name__} cannot be uploaded", hint="pass dicts, a table, a data frame or a path"
+        f"a value of type {type(records).__name__} cannot be uploaded",
+        hint="pass dicts, a table, a data frame or a path",
     )
 
 

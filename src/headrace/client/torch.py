@@ -114,6 +114,10 @@ class StreamingDataset(IterableDataset[Batch]):
         self._worker_at = (0, 0, 0)
         self.announce(0, 0)
 
+    def __repr__(self) -> str:
+        share = "" if self.feed.world_size == 1 else f", rank {self.feed.rank} of {self.feed.world_size}"
+        return f"<StreamingDataset {self.feed.pinned}: {self.rows:,} rows, {len(self):,} batches an epoch{share}>"
+
     def announce(self, epoch: int, samples: int) -> None:
         """Tell worker processes where their next iteration starts, and in which order."""
         order = self.feed.order(0)

@@ -119,7 +119,8 @@ def _matches(pattern: str, base: Path, format: str, allowed: Sequence[Path] | No
     if folder and format == "auto":
         files = [p for p in files if _has_format(p)]
     if not files:
-        raise BadData(f"no file matches {pattern!r} in {base}", hint="check the path; '**' reaches into folders")
+        place = "" if Path(pattern).is_absolute() else f" in {base}"
+        raise BadData(f"no file matches {pattern!r}{place}", hint="check the path; '**' reaches into folders")
     for path in files:
         real = path.resolve()
         if allowed is not None and not any(real.is_relative_to(root.resolve()) for root in allowed):

@@ -87,7 +87,10 @@ def schema_json() -> dict[str, Any]:
             "collect": {"type": "array", "minItems": 1, "items": sources},
             **{section: _steps_schema(steps) for section, steps in SECTIONS.items()},
             "publish": _object_schema(PublishOptions),
-            "schedule": {"type": "string"},
+            "schedule": {
+                "type": "string",
+                "description": "A cron line of five fields. Checked and kept; nothing runs by it yet.",
+            },
         },
         "required": ["dataset", "collect"],
         "additionalProperties": False,
@@ -95,7 +98,7 @@ def schema_json() -> dict[str, Any]:
 
 
 STARTER = """\
-# What this recipe publishes: each run that changes the data makes a new version of this dataset.
+# What this recipe publishes: each run that succeeds makes a new version of this dataset.
 dataset: prose
 
 # Where records come from: files (json, ndjson, csv, parquet, arrow, text), or another dataset.
@@ -120,8 +123,6 @@ publish:
   tag: first
   split: {train: 0.95, val: 0.05}
   expect: {min_rows: 1, max_dropped: 0.9}
-
-# schedule: "0 2 * * *"              # every night at two
 """
 
 
