@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 
 from headrace import reading
 from headrace.catalog import Catalog
-from headrace.errors import BadRequest, Forbidden, NotFound
+from headrace.errors import BadRequest, Damaged, Forbidden, NotFound
 from headrace.model import FileEntry, Manifest, Ref, TracedRow, Version
 from headrace.order import Order, Shuffle
 from headrace.root import Root
@@ -28,6 +29,7 @@ from headrace.store.parquet import read_batches
 from headrace.store.types import decode_schema, describe, encode_schema, to_stored
 
 TRACED_MAX = 100_000
+_KEY_BYTES = 32
 
 
 def manifest(catalog: Catalog, ref: Ref, columns: Sequence[str] | None, page_token: str | None) -> Manifest:
@@ -59,7 +61,7 @@ def manifest(catalog: Catalog, ref: Ref, columns: Sequence[str] | None, page_tok
 
 
 def _page(token: str) -> int:
-    if not token.isdecimal() or len(token) > 18:
+    if not (token.isascii() and token.isdigit()) or len(token) > 18:
         raise BadRequest("the page_token is not one of ours", hint="use next_page_token of the last page")
     return int(token)
 
@@ -104,15 +106,20 @@ class Signer:
 
 
 def _key(path: Path) -> bytes:
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    except FileExistsError:
-        return path.read_bytes()
-    key = secrets.token_bytes(32)
-    with os.fdopen(handle, "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
+    """The key at ``path``, made whole or not at all: with an empty one anybody could sign. Raises Damaged."""
+    if not path.exists():
+        fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+        with os.fdopen(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        # A link, unlike a rename, leaves the key of a process that was faster.
+        with suppress(FileExistsError):
+            os.link(fresh, path)
+        fresh.unlink()
+    key = path.read_bytes()
+    if len(key) != _KEY_BYTES:
+        raise Damaged(f"{path} is not a signing key", hint="remove it: the next start makes a new one")
     return key
 
 
@@ -190,14 +197,19 @@ def _rows(root: Root, catalog: Catalog, version: Version, split: str | None, wan
     files = catalog.files(version.dataset, version.version, split)
     starts = [0, *accumulate(entry.rows for entry in files)]
     schema, columns = _stored(catalog, version), _columns(version)
+    places = np.unique(np.asarray(wanted, np.int64))
     found: dict[int, TracedRow] = {}
-    for position in sorted({int(w) for w in wanted}):
-        if position in found:
-            continue
-        number = int(np.searchsorted(starts, position, "right")) - 1
+    while len(places):
+        # Each file is gone through once, batch by batch, from the first place in it to the last.
+        number = int(np.searchsorted(starts, places[0], "right")) - 1
+        mine, places = np.split(places, [int(np.searchsorted(places, starts[number + 1]))])
+        at, count = int(mine[0]), int(mine[-1] - mine[0]) + 1
         path = reading.paths_of(root, version.dataset, [files[number]])
-        batch = next(read_batches(path, schema, columns, 1, position - starts[number], 1))
-        found[position] = _traced(position, batch.to_pylist()[0])
+        for batch in read_batches(path, schema, columns, None, at - starts[number], count):
+            here = mine[(mine >= at) & (mine < at + batch.num_rows)]
+            rows = batch.take(pa.array(here - at)).to_pylist()
+            found.update((int(place), _traced(int(place), row)) for place, row in zip(here, rows, strict=True))
+            at += batch.num_rows
     return found
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import pyarrow as pa
 from headrace import arrivals, deliver, govern, quarantine, reading, recipe
 from headrace.catalog import Catalog, now
 from headrace.clean.keys import row_keys
-from headrace.errors import BadRequest, HeadraceError, NotFound, Unauthenticated, from_dict
+from headrace.errors import BadRequest, Busy, HeadraceError, NotFound, Unauthenticated, from_dict
 from headrace.inbox import InboxReader, Snapshot
 from headrace.model import (
     SYSTEM_COLUMNS,
@@ -47,6 +48,8 @@ from headrace.store.types import narrow
 
 OPEN_DATASET = "default"
 PREVIEW_SECONDS = 600.0
+PREVIEWS_MOST = 4
+"""Previews that wait for a worker at once: each holds a thread that others would answer from."""
 _SAMPLE = 10
 
 
@@ -77,6 +80,7 @@ class Exchange:
         self.catalog = Catalog(root.catalog)
         self.reader = InboxReader(root.path)
         self._signer = deliver.Signer(root)
+        self._previews = threading.BoundedSemaphore(PREVIEWS_MOST)
         self._known: set[str] = set(self.catalog.dataset_names())
 
     def close(self) -> None:
@@ -389,7 +393,9 @@ class Exchange:
         signed: dict[str, tuple[int, str]] = {}
         for file_id in ids:
             dataset, _ = self.catalog.file(file_id)
-            govern.allow(principal, govern.READ, dataset)
+            if not govern.may(principal, govern.READ, dataset):
+                # As of a file that is not there: the id of another's file tells neither that it is one nor of what.
+                raise NotFound("there is no such file", hint="ask for the manifest again")
             signed[file_id] = self._signer.sign(file_id, principal.name)
         return signed
 
@@ -433,11 +439,12 @@ class Exchange:
     def check_recipe(self, principal: Principal, text: str, base: str) -> list[dict[str, Any]]:
         """What is wrong with a recipe; nothing if it can run."""
         govern.allow(principal, govern.READ)
-        return recipe.problems(text, Path(base) if base else None)
+        trusted = govern.may(principal, govern.MANAGE)
+        return recipe.problems(text, Path(base) if base else None, trusted=trusted)
 
     def run(self, principal: Principal, text: str, base: str, preview_rows: int = 0) -> Run:
         """Queue a run. The recipe is checked in full first, and so is the right to read and write what it names."""
-        made = recipe.parse(text, Path(base) if base else None)
+        made = recipe.parse(text, Path(base) if base else None, trusted=govern.may(principal, govern.MANAGE))
         govern.allow(principal, govern.WRITE, made.dataset)
         for entry in made.collect:
             if entry.ref is not None:
@@ -446,6 +453,8 @@ class Exchange:
             else:
                 # Files are read with the exchange's own rights, so only those who manage it may name them.
                 govern.allow(principal, govern.MANAGE)
+        if any(step.paths() for step in (*made.clean, *made.transform)):
+            govern.allow(principal, govern.MANAGE)
         run = Run(uuid.uuid4().hex, made.dataset, "queued", now(), recipe=text, preview_rows=preview_rows)
         self.catalog.add_run(run, principal.name, base)
         return run
@@ -470,7 +479,14 @@ class Exchange:
         """The effect of a recipe on its first records, as a worker finds it. Commits nothing."""
         if not 1 <= rows <= 100_000:
             raise BadRequest(f"a preview of {rows} rows is not possible", hint="1 to 100000")
-        run = self.run(principal, text, base, preview_rows=rows)
+        if not self._previews.acquire(blocking=False):
+            raise Busy(f"{PREVIEWS_MOST} previews are at work already", hint="try again in a moment")
+        try:
+            return self._previewed(self.run(principal, text, base, preview_rows=rows))
+        finally:
+            self._previews.release()
+
+    def _previewed(self, run: Run) -> dict[str, Any]:
         answer = self._place.staging / f"preview-{run.id}.json"
         end, pause = time.monotonic() + PREVIEW_SECONDS, 0.02
         while not answer.exists():
@@ -504,7 +520,7 @@ def _page_size(limit: int) -> int:
 def _number(token: str | None) -> int | None:
     if token is None:
         return None
-    if not token.isdecimal() or len(token) > 18:
+    if not (token.isascii() and token.isdigit()) or len(token) > 18:
         raise BadRequest("the page_token is not one of ours", hint="use next_page_token of the last page")
     return int(token)
 

@@ -88,7 +88,7 @@ class Token:
     created_at: str
     expires_at: str | None = None
     revoked_at: str | None = None
-    secret: str | None = None
+    secret: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

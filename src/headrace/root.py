@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,9 @@ class Root:
         try:
             for folder in (root.path, root.path / "tables", root.path / "quarantine", root.staging, root.keys):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for file in (root.catalog, root.runs):
+                # The root may be a folder that others can look into: what SQLite makes itself, anyone might read.
+                os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as error:
             raise BadRequest(
                 f"the root {root.path} cannot be used: {error.strerror}", hint="give a folder that you may write to"

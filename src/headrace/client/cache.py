@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace import settings
-from headrace.errors import BadData, BadRequest, Busy, Damaged
+from headrace.errors import BadData, BadRequest, Busy, Damaged, Forbidden
 from headrace.model import SYSTEM_COLUMNS, WIRE, FileEntry, Manifest
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -87,6 +87,7 @@ class Cache:
 
     folder: Path = field(default_factory=default_folder)
     limit: int = field(default_factory=lambda: settings.integer("cache_bytes"))
+    _own: set[Path] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder).expanduser()
@@ -99,9 +100,21 @@ class Cache:
         part = self.folder / name
         if not part.is_dir():
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._assert_own(self.folder)
             self.folder.chmod(0o700)
             part.mkdir(mode=0o700, exist_ok=True)
+        if part not in self._own:
+            self._assert_own(self.folder)
+            self._assert_own(part)
+            self._own.add(part)
         return part
+
+    def _assert_own(self, folder: Path) -> None:
+        # Entries are verified when they are made, not when they are mapped: nobody else may put any here.
+        if folder.stat().st_uid != os.geteuid():
+            raise Forbidden(f"the cache folder {folder} belongs to another user", hint="choose another cache_dir")
+        if folder.stat().st_mode & 0o022:
+            folder.chmod(0o700)
 
     def key(self, entry: FileEntry, schema: pa.Schema) -> str:
         """The entry's name: a hash of file content, chosen columns with their types, and wire version."""

@@ -147,7 +147,9 @@ class Inbox:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
         self.folder = self.root / "inbox"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # For this user alone: what SQLite makes itself, and the files beside it after its example, anyone might read.
+        os.close(os.open(self.root / "inbox.db", os.O_CREAT | os.O_RDWR, 0o600))
         self._memory = settings.integer("upload_memory_bytes")
         self._group = settings.integer("inbox_group_max")
         self._queue_max = settings.integer("inbox_queue_max")

@@ -128,8 +128,8 @@ def _expanded(reader: Reader, steps: list[Step]) -> tuple[Step, ...]:
     return tuple(one for step in steps for one in step.expand(reader.base))
 
 
-def _read(text: str, base: Path | None) -> tuple[Recipe | None, list[dict[str, Any]]]:
-    reader = RecipeReader(base)
+def _read(text: str, base: Path | None, trusted: bool) -> tuple[Recipe | None, list[dict[str, Any]]]:
+    reader = RecipeReader(base, trusted)
     tree = read_tree(text, reader)
     if tree is None or not isinstance(tree, yaml.MappingNode):
         if not reader.problems:
@@ -178,17 +178,20 @@ def _publish(reader: Reader, root: Mapping[str, yaml.Node]) -> Publish | None:
     return Publish(options.tag, dict(options.split or {}), expect)
 
 
-def problems(text: str, base: Path | None = None) -> list[dict[str, Any]]:
-    """Everything wrong with a recipe, by line: ``line``, ``path``, ``message``, ``hint``; empty if it can run."""
-    return _read(text, base)[1]
+def problems(text: str, base: Path | None = None, *, trusted: bool = True) -> list[dict[str, Any]]:
+    """Everything wrong with a recipe, by line: ``line``, ``path``, ``message``, ``hint``; empty if it can run.
+
+    Without ``trusted``, a reference to a secret is such a problem, and not looked up.
+    """
+    return _read(text, base, trusted)[1]
 
 
-def parse(text: str, base: Path | None = None, file: str = "recipe") -> Recipe:
+def parse(text: str, base: Path | None = None, file: str = "recipe", *, trusted: bool = True) -> Recipe:
     """The recipe in ``text``; relative paths count from the folder ``base``. Raises BadRecipe with all problems.
 
-    ``details["problems"]`` are those of ``problems``; ``file`` is how the message names the text.
+    ``details["problems"]`` are those of ``problems``, ``trusted`` is as there; ``file`` names the text in the message.
     """
-    recipe, found = _read(text, base)
+    recipe, found = _read(text, base, trusted)
     if recipe is None:
         first = found[0]
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

@@ -94,8 +94,10 @@ def is_required(one: dataclasses.Field[Any]) -> bool:
 class Reader:
     """Turns YAML nodes into typed values and gathers every problem on the way."""
 
-    def __init__(self, base: Path | None) -> None:
+    def __init__(self, base: Path | None, trusted: bool = True) -> None:
+        """``trusted``: whether the writer may use the secrets of this machine; their very existence tells something."""
         self.base = base
+        self.trusted = trusted
         self.problems: list[dict[str, Any]] = []
 
     def problem(self, line: int, path: str, message: str, hint: str = "") -> Any:
@@ -235,6 +237,10 @@ def check_tree(node: yaml.Node, path: str, reader: Reader) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for at, value in enumerate(node.value):
             check_tree(value, f"{path}[{at}]", reader)
+    elif "${" in node.value and not reader.trusted:
+        reader.bad(
+            node, path, "only those who manage the exchange may use its secrets", "ask an admin to run this recipe"
+        )
     elif "${" in node.value:
         try:
             resolve(node.value, reader.base)

@@ -32,6 +32,7 @@ from headrace.server.wire import (
     error_answer,
     log,
     send_text,
+    taken_whole,
     unexpected,
     whole_number,
 )
@@ -43,6 +44,8 @@ _NOBODY = Principal("nobody", "none", ())
 _RECORDS = "/records"
 _DATASETS = "/v1/datasets/"
 _FILES = "/v1/files/"
+# Bodies of the routes that hold them in memory: a recipe may have 1 MiB, and a page of file ids far less.
+_BODY_MOST = 4 << 20
 
 
 class MethodNotAllowed(BadRequest):
@@ -125,13 +128,16 @@ class App:
         async def send(message: Scope) -> None:
             if message["type"] == "http.response.start":
                 request.started = True
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request.id.encode())]
+                message["headers"] = [*message.get("headers", []), *request.marks()]
                 if message["status"] >= 400:
                     self._metrics.failed(str(message["status"]))
             await request.send(message)
 
         scope = {**request.scope, "headrace.principal": dataclasses.asdict(principal), "headrace.request": request.id}
-        await self._api(scope, request.receive, send)
+        receive = request.receive
+        if request.method not in ("GET", "HEAD"):
+            receive = await taken_whole(request, _BODY_MOST, settings.number("http_seconds"))
+        await self._api(scope, receive, send)
 
     async def _read(self, request: Request, principal: Principal, dataset: str) -> None:
         query = request.query()

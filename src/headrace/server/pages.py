@@ -24,7 +24,6 @@ def add_pages(api: FastAPI) -> None:
     def page(name: str) -> Response:
         headers = {
             "content-security-policy": _POLICY,
-            "x-content-type-options": "nosniff",
             "referrer-policy": "no-referrer",
         }
         return Response(files[name].read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
@@ -38,5 +37,5 @@ def add_pages(api: FastAPI) -> None:
         if name not in files or name.endswith(".html"):
             raise NotFound(f"there is no file {name[:80]!r}", hint="GET / is the first page")
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        headers = {"cache-control": "public, max-age=3600", "x-content-type-options": "nosniff"}
+        headers = {"cache-control": "public, max-age=3600"}
         return Response(files[name].read_bytes(), media_type=kind, headers=headers)

@@ -19,7 +19,7 @@ import structlog
 import zstandard
 
 from headrace import model
-from headrace.errors import BadRequest, HeadraceError, Unauthenticated
+from headrace.errors import BadRequest, HeadraceError, TooLarge, Unauthenticated
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -119,10 +119,14 @@ class Request:
             raise BadRequest(f"the query cannot be read: {error}", hint="percent-encode it as UTF-8") from None
         return {name: values[-1] for name, values in parsed.items()}
 
+    def marks(self) -> list[tuple[bytes, bytes]]:
+        """The headers of every answer: its request's id, and that browsers must not take it for another type."""
+        return [(b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
+
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Send status and headers, the request's id among them."""
         self.started = True
-        headers.append((b"x-request-id", self.id.encode()))
+        headers += self.marks()
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def answer(
@@ -222,6 +226,24 @@ async def next_piece(request: Request, limit: float) -> tuple[bytes, bool]:
     if message["type"] == "http.disconnect":
         raise ClientGone
     return message.get("body", b""), bool(message.get("more_body"))
+
+
+async def taken_whole(request: Request, most: int, limit: float) -> Receive:
+    """A ``receive`` that gives the whole body, read here; TooLarge beyond ``most`` bytes, else raises as next_piece."""
+    body, taken, more = b"", 0, True
+    # What is somewhat too long is still taken, and let go: many clients read no answer before all is sent.
+    while more and taken <= 16 * most:
+        piece, more = await next_piece(request, limit)
+        taken += len(piece)
+        body = body + piece if taken <= most else b""
+    if taken > most:
+        raise TooLarge(f"the body is larger than {most} bytes", hint="only uploads may be large")
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> MutableMapping[str, Any]:
+        return messages.pop() if messages else await request.receive()
+
+    return receive
 
 
 def whole_number(query: dict[str, str], name: str, default: int | None, most: int) -> int | None:
