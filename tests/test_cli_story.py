@@ -145,6 +145,7 @@ class Shell:
             timeout=120,
         )
         assert done.returncode == code, done.stderr
+        assert code == 0 or done.stdout == ""
         return json.loads(done.stdout if code == 0 else done.stderr)
 
 
@@ -167,4 +168,6 @@ def test_the_command_tells_the_same_story(shell: Shell, tmp_path: Path) -> None:
     assert len(shell("quarantine", "ready")) == 2
     assert shell("show", "ready@first")["version"] == run["version"]
     assert shell("show", "nothing-here", code=4)["error"]["code"] == "not_found"
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("{tag: first}", "{expect: {min_rows: 1000}}"))
+    assert shell("run", "r.yaml", code=1)["error"]["code"] == "expectation_failed"
     assert all(check["state"] != "fail" for check in shell("doctor"))

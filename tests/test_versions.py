@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ def ids(ex: Session, ref: str) -> list[str]:
     """The ``_id`` of every row of a ref, in its order."""
     found: list[str] = ex.dataset(ref).to_arrow(columns=["_id"]).column("_id").to_pylist()
     return found
+
+
+def committed(ex: Session, name: str, rows: int) -> bool:
+    """Whether a version of the dataset has ``rows`` rows."""
+    return any(version.rows == rows for version in ex.versions(name))
 
 
 def test_splits_part_the_rows_and_a_row_stays_in_its_split_as_data_grow(ex: Session) -> None:
@@ -85,13 +91,11 @@ def test_every_row_of_a_step_goes_on_is_held_or_is_merged(ex: Session) -> None:
 
 
 def test_records_come_back_in_order_of_arrival_across_flushes(ex: Session) -> None:
-    sent: list[dict[str, int]] = []
-    for batch in range(4):
-        records = [{"batch": batch, "n": n} for n in range(7)]
-        for record in records:
-            ex.upload("default", [record])
-        sent += records
-        assert ex.get_data() == sent
-        wait_until(lambda: any(v.rows == len(sent) for v in ex.versions("default")))
-        assert ex.get_data() == sent
+    sent = [{"n": n} for n in range(28)]
+    for count in range(1, 29):
+        ex.upload("default", [sent[count - 1]])
+        assert ex.get_data() == sent[:count]
+        if count % 7 == 0:
+            wait_until(partial(committed, ex, "default", count))
+            assert ex.get_data() == sent[:count]
     assert ex.head("default", len(sent)) == sent

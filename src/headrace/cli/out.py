@@ -54,6 +54,7 @@ def connect(root: Path | None, url: str | None, token: str | None, new: bool = F
             f"there is no exchange at {folder}",
             hint="`headrace serve` or `headrace upload` starts one; --root, --url name another",
         )
+    load("headrace.logs").for_people()
     embedded: Session = load("headrace").connect(folder, token)
     return embedded
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import structlog
 import uvloop
 from granian.constants import Interfaces
 from granian.server.embed import Server
 
-from headrace import settings
+from headrace import logs, settings
 from headrace.errors import BadRequest, Conflict
 from headrace.exchange import Exchange
 from headrace.inbox import Inbox
@@ -37,7 +34,7 @@ _OPEN_FILES = 65536
 
 def serve(root: Path, host: str, port: int, open: bool) -> None:
     """Serve ``root`` until SIGTERM or SIGINT. Port 0 takes a free one. Raises Conflict if the root or port is taken."""
-    _configure_logs()
+    logs.for_machines()
     if open and not _is_loopback(host):
         raise BadRequest("--open serves this machine only", hint="use --host 127.0.0.1, or leave --open away")
     _raise_file_limit()
@@ -144,19 +141,3 @@ def _raise_file_limit() -> None:
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _configure_logs() -> None:
-    level = logging.getLevelNamesMapping().get(settings.text("log_level").upper(), logging.INFO)
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+from headrace import logs
 from headrace.catalog import Catalog
 from headrace.flush import Flusher
 from headrace.inbox import InboxReader
@@ -21,6 +22,7 @@ from headrace.server.lifeline import end_with_parent
 def main(root: str | Path | None = None, parent: int | None = None) -> None:
     """Work on the exchange at ``root`` until SIGTERM or SIGINT, or until process ``parent`` is gone."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    logs.for_machines()
     place = Root.at(root or "headrace-data")
     catalog = Catalog(place.catalog)
     flusher = Flusher(place, catalog, InboxReader(place.path), on_commit=lambda _dataset, _seq: None)
