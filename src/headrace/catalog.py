@@ -449,6 +449,12 @@ class Catalog:
         with self._read() as db:
             return db.execute(sa.select(_runs.c.id).where(_runs.c.status == "queued").limit(1)).first() is not None
 
+    def count_runs(self, status: str) -> int:
+        """How many runs have this status."""
+        with self._read() as db:
+            query = sa.select(sa.func.count()).select_from(_runs).where(_runs.c.status == status)
+            return int(db.execute(query).scalar() or 0)
+
     def run(self, run_id: str) -> tuple[Run, str, str]:
         """A run, its principal and the folder its recipe's paths start from; NotFound if there is none."""
         with self._read() as db:

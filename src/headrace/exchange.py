@@ -234,6 +234,9 @@ class Exchange:
         govern.allow(principal, govern.READ, base.dataset)
         govern.allow(principal, govern.READ, other.dataset)
         one, two = self.catalog.resolve(base), self.catalog.resolve(other)
+        most = integer("diff_rows_max")
+        if max(one.rows, two.rows) > most:
+            raise BadRequest(f"a diff of more than {most} rows is not made here", hint="compare the Parquet files")
         shared = [c["name"] for c in one.schema if any(c["name"] == d["name"] for d in two.schema)]
         old, new = self._digests(base, shared), self._digests(other, shared)
         added, removed = sorted(new.keys() - old.keys()), sorted(old.keys() - new.keys())
@@ -411,6 +414,16 @@ class Exchange:
         govern.allow(principal, govern.READ, dataset)
         return self._place.table(dataset) / entry.path
 
+    def tokenizer(self, principal: Principal, ref: Ref) -> bytes:
+        """The tokenizer.json that made the tokens of a version; NotFound if it has none."""
+        govern.allow(principal, govern.READ, ref.dataset)
+        version = self.catalog.resolve(ref)
+        for step in version.fitted.values():
+            path = self._place.tokenizers / f"{step.get('tokenizer', '')}.json"
+            if "sha256" in step and path.is_file():
+                return path.read_bytes()
+        raise NotFound(f"{version.ref} was not tokenised with a tokenizer.json", hint="its recipe has no such step")
+
     def trace(
         self,
         principal: Principal,
@@ -455,6 +468,8 @@ class Exchange:
                 govern.allow(principal, govern.MANAGE)
         if any(step.paths() for step in (*made.clean, *made.transform)):
             govern.allow(principal, govern.MANAGE)
+        if self.catalog.count_runs("queued") >= integer("runs_queued_max"):
+            raise Busy("too many runs wait for a worker", hint="retry later", details={"retry_after": 10})
         run = Run(uuid.uuid4().hex, made.dataset, "queued", now(), recipe=text, preview_rows=preview_rows)
         self.catalog.add_run(run, principal.name, base)
         return run
