@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 
 import headrace
 from headrace.client.session import Session
-from headrace.errors import BadRequest, Conflict, ExpectationFailed, NotFound
+from headrace.errors import BadRecipe, BadRequest, Conflict, ExpectationFailed, NotFound
 
 ODD = [
     '{"a":1180591620717411303424,"A":2}',
@@ -273,6 +273,25 @@ def test_what_the_table_holds_and_the_catalog_lost_comes_back(tmp_path: Path) ->
         assert [q.record for q in ex.quarantine("default")] == ['{"x":"two"}']
         ex.upload("default", [{"x": 3}])
         assert ex.get_data() == [{"x": 1}, {"x": 2}, {"x": 3}]
+
+
+def test_a_closed_exchange_refuses_everything(tmp_path: Path) -> None:
+    ex = headrace.connect(tmp_path / "root")
+    ex.upload("d", [{"x": 1}])
+    ex.close()
+    ex.close()
+    for ask in (lambda: ex.upload("e", [{"x": 1}]), ex.datasets, lambda: ex.run(TOKENS), ex.get_data):
+        with pytest.raises(BadRequest, match="was closed"):
+            ask()
+    with headrace.connect(tmp_path / "root") as again:
+        assert [d.name for d in again.datasets()] == ["d"]
+
+
+def test_a_recipe_with_an_unknown_tokenizer_is_refused_before_it_runs(ex: Session) -> None:
+    ex.upload("texts", [{"text": "a"}])
+    with pytest.raises(BadRecipe, match="there is no tokenizer 'nope'"):
+        ex.run(TOKENS.replace("{train: bpe, vocab_size: 300}", "nope"))
+    assert ex.runs() == []
 
 
 def test_where_and_columns_choose_rows(ex: Session) -> None:

@@ -140,7 +140,7 @@ class Exchange:
     def tokens(self, principal: Principal) -> list[Token]:
         """All tokens, without secrets."""
         govern.allow(principal, govern.ADMIN)
-        return self.catalog.tokens()
+        return [token for token in self.catalog.tokens() if token.principal != govern.OWNER.name]
 
     def revoke_token(self, principal: Principal, token_id: str) -> Token:
         """End a token."""
@@ -468,6 +468,8 @@ class Exchange:
                 govern.allow(principal, govern.MANAGE)
         if any(step.paths() for step in (*made.clean, *made.transform)):
             govern.allow(principal, govern.MANAGE)
+        for step in (*made.clean, *made.transform):
+            step.check({"tokenizers": str(self._place.tokenizers)})
         if self.catalog.count_runs("queued") >= integer("runs_queued_max"):
             raise Busy("too many runs wait for a worker", hint="retry later", details={"retry_after": 10})
         run = Run(uuid.uuid4().hex, made.dataset, "queued", now(), recipe=text, preview_rows=preview_rows)

@@ -26,6 +26,8 @@ from headrace.root import Root
 from headrace.settings import integer, number
 
 APP = "inbox"
+_RETRY_SECONDS = 2.0
+_REST_SECONDS = 5.0
 
 log = structlog.get_logger("headrace.flush")
 
@@ -45,13 +47,22 @@ class Flusher:
 
     def run(self, stop: threading.Event, poll: float = 0.05) -> None:
         """Flush what is due until ``stop``. An error is logged and tried again; nothing leaves the inbox meanwhile."""
+        busy: float | None = None
+        later: dict[str, float] = {}
         while not stop.wait(poll):
             for dataset in self._due_or_none():
+                if later.get(dataset, 0.0) > time.monotonic():
+                    continue
+                busy = time.monotonic()
                 try:
                     self.flush(dataset)
                 except Exception as error:
                     log.error("a flush failed and will be tried again", dataset=dataset, exc_info=error)
-                    stop.wait(1.0)
+                    later[dataset] = time.monotonic() + _RETRY_SECONDS
+            if busy is not None and time.monotonic() - busy > _REST_SECONDS:
+                # Flushes come in a row: what one held the next takes over, and after the last it goes back.
+                pa.default_memory_pool().release_unused()
+                busy = None
 
     def _due_or_none(self) -> list[str]:
         try:

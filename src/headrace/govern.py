@@ -15,6 +15,7 @@ _MAY = {
     "consumer": frozenset({READ}),
     "open": frozenset({READ, WRITE}),
 }
+_WORDS = {READ: "read here", WRITE: "write here", MANAGE: "manage this exchange", ADMIN: "administer this exchange"}
 ROLES = ("admin", "producer", "consumer")
 OWNER = Principal("owner", "admin")
 """Whoever may open the root's files."""
@@ -34,7 +35,7 @@ def may(principal: Principal, action: str, dataset: str | None = None) -> bool:
 def allow(principal: Principal, action: str, dataset: str | None = None) -> None:
     """Raise Forbidden unless ``principal`` may do ``action``. The message is the same whether the dataset exists."""
     if not may(principal, action, dataset):
-        what = action if dataset is None else f"{action} dataset {dataset!r}"
+        what = _WORDS[action] if dataset is None else f"{action} dataset {dataset!r}"
         raise Forbidden(
             f"{principal.name!r} may not {what}", hint="ask an admin for a token whose role and datasets allow it"
         )

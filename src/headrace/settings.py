@@ -43,7 +43,6 @@ TABLE = (
     Setting("batch_bytes", 16 * MiB, "Bytes of one batch on its way through the steps", 1 * KiB),
     Setting("batch_rows", 16384, "Rows of one batch on its way through the steps", 1),
     Setting("task_bytes", 128 * MiB, "Bytes of input behind one map task", 1 * KiB),
-    Setting("task_group_s", 10.0, "Seconds of map tasks that one durable step groups", 0),
     Setting("block_bytes", 16 * MiB, "Bytes of rows that one shuffle block spans", 1 * KiB),
     Setting("runs_queued_max", 1000, "Most runs that wait for a worker before new ones get 503", 1),
     Setting("diff_rows_max", 5_000_000, "Most rows of a version that a diff compares", 1),

@@ -60,6 +60,9 @@ class Step:
         """Keep, drop or rewrite the rows of ``batch``, in order. System columns (``_id`` …) go through untouched."""
         raise NotImplementedError
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise BadRecipe for what the step needs and this exchange lacks, before anything runs."""
+
     def used(self, state: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         """What decided the result beside recipe and data, for the version to keep; ``path`` names a file to keep."""
         return {}

@@ -154,6 +154,8 @@ def run(
         raise BadRequest(f"there is no engine {engine!r} here", hint=f"--engine {' or '.join(ENGINES)}")
     if not Path(recipe).is_file():
         raise NotFound(f"there is no file {recipe!r}", hint="`headrace init` writes a recipe")
+    if any(line.startswith("schedule:") for line in Path(recipe).read_text(errors="replace").splitlines()):
+        typer.echo("note: schedule is kept with the recipe, but nothing runs by itself yet", err=True)
     with out.connect(root, url, token, new=True) as session:
         if preview is not None:
             return _preview(session, recipe, preview, json)

@@ -76,10 +76,11 @@ class Engine:
                 rows = staged(work, stage - 1, number, schema)
             run_task(TaskRun(work, run_id, stage, number, at, given), stages[stage], rows)
 
+        tell = f"pass {stage + 1} of {len(stages)}"
+        self._progress(run, (stage + group[0] / len(plan.tasks)) / (len(stages) + 1), tell)
         with ThreadPoolExecutor(integer("threads")) as pool:
             list(pool.map(task, group))
-        done = (stage + (group[-1] + 1) / len(plan.tasks)) / (len(stages) + 1)
-        self._progress(run, done, f"pass {stage + 1} of {len(stages)}")
+        self._progress(run, (stage + (group[-1] + 1) / len(plan.tasks)) / (len(stages) + 1), tell)
 
     def fit(self, run_id: str, stage: int) -> None:
         """Fit the step between two stages, if there is one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
@@ -13,7 +13,7 @@ from fastapi import Request as Call
 from pydantic import BaseModel, ConfigDict
 
 from headrace import __version__, model
-from headrace.errors import BadRef
+from headrace.errors import BadRef, BadRequest
 from headrace.model import Principal, Ref
 from headrace.server.metrics import Metrics
 from headrace.server.openapi import describe_hot_routes
@@ -88,6 +88,15 @@ def ref_of(dataset: str, text: str | None) -> Ref:
     return ref
 
 
+def paged(items: Sequence[Any], limit: int, page_token: str | None) -> dict[str, Any]:
+    """One page of a list that is held whole; the token is the number of items before the page."""
+    start = int(page_token) if page_token and page_token.isascii() and page_token.isdigit() else 0
+    if page_token and str(start) != page_token:
+        raise BadRequest("the page_token is not one of ours", hint="use next_page_token of the last page")
+    more = str(start + limit) if start + limit < len(items) else None
+    return {"items": items[start : start + limit], "next_page_token": more}
+
+
 def listed(text: str | None) -> list[str] | None:
     """The names in a comma-separated parameter, or None."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
@@ -122,9 +131,9 @@ def create_api(exchange: Exchange, workers: Workers, metrics: Metrics, on_revoke
 
 def _add_datasets(api: FastAPI, exchange: Exchange, workers: Workers) -> None:
     @api.get("/v1/datasets", tags=["datasets"])
-    async def datasets(p: Caller) -> Response:
+    async def datasets(p: Caller, limit: Limit = 1000, page_token: Page = None) -> Response:
         """Datasets that the caller may see."""
-        return Json({"items": await workers.run(exchange.datasets, p), "next_page_token": None})
+        return Json(paged(await workers.run(exchange.datasets, p), limit, page_token))
 
     @api.get("/v1/datasets/{name}", tags=["datasets"])
     async def dataset(p: Caller, name: str) -> Response:
@@ -228,9 +237,9 @@ def _add_runs(api: FastAPI, exchange: Exchange, workers: Workers) -> None:
         return Json(await workers.run(exchange.preview, p, body.recipe, body.base, body.rows))
 
     @api.get("/v1/runs", tags=["runs"])
-    async def runs(p: Caller) -> Response:
+    async def runs(p: Caller, limit: Limit = 1000, page_token: Page = None) -> Response:
         """Runs, newest first."""
-        return Json({"items": await workers.run(exchange.runs, p), "next_page_token": None})
+        return Json(paged(await workers.run(exchange.runs, p), limit, page_token))
 
     @api.get("/v1/runs/{run_id}", tags=["runs"])
     async def run_status(p: Caller, run_id: str) -> Response:
@@ -251,9 +260,9 @@ def _add_tokens(api: FastAPI, exchange: Exchange, workers: Workers, on_revoke: C
         return Json(await workers.run(exchange.create_token, p, *args), status_code=201)
 
     @api.get("/v1/tokens", tags=["tokens"])
-    async def tokens(p: Caller) -> Response:
+    async def tokens(p: Caller, limit: Limit = 1000, page_token: Page = None) -> Response:
         """Tokens without their secrets."""
-        return Json({"items": await workers.run(exchange.tokens, p), "next_page_token": None})
+        return Json(paged(await workers.run(exchange.tokens, p), limit, page_token))
 
     @api.delete("/v1/tokens/{token_id}", tags=["tokens"])
     async def revoke(p: Caller, token_id: str) -> Response:

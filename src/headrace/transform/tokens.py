@@ -212,6 +212,11 @@ class Tokens(_TokenStep):
         """The tokenizer, unless it is one of the named ones, which anyone may use."""
         return (self.tokenizer,) if _is_path(self.tokenizer) else ()
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """The tokenizer must be there."""
+        if self.tokenizer != BYTES:
+            _find(self.tokenizer, state)
+
     def used(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The tokenizer: its file, sha256 and size; bytes need none."""
         if self.tokenizer == BYTES:
