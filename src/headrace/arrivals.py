@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias
 
@@ -17,10 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace import reading
+from headrace.catalog import Catalog
+from headrace.collect import ahead
 from headrace.collect.formats import read_table
 from headrace.collect.project import Projection, project_json
 from headrace.collect.tabular import project_table
-from headrace.inbox import RECORD_SEPARATOR
+from headrace.inbox import RECORD_SEPARATOR, columns_path
 from headrace.model import SYSTEM_COLUMNS
 from headrace.rows import to_json
 from headrace.settings import MiB, integer
@@ -72,12 +75,16 @@ Bodies: TypeAlias = Callable[[Any], Body]
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Some records and where each came from: JSON ``texts`` (``lines``: the same, one a line) or typed ``rows``."""
+    """Some records and where each came from: JSON ``texts``, or one on each of ``lines``, or typed ``rows``.
+
+    ``kept`` may hold what ``lines`` were projected to when they were checked.
+    """
 
     origin: pa.RecordBatch
     texts: Any = None
     rows: pa.RecordBatch | None = None
     lines: bytes | None = None
+    kept: ahead.Part | None = None
 
 
 def _origin(entries: Sequence[Arrival], counts: Sequence[int], first: Sequence[int]) -> pa.RecordBatch:
@@ -103,10 +110,11 @@ def _lines(body: bytes, separator: bytes) -> pa.Array:
     """The texts of a body as one Arrow array, without a Python object per record."""
     if not body.endswith(separator):
         body += separator
-    ends = np.flatnonzero(np.frombuffer(body, np.uint8) == separator[0]) + 1
-    offsets = np.concatenate([[0], ends]).astype(np.int64)
-    texts = pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(body))
-    return pc.utf8_rtrim(texts, separator.decode())
+    ends = np.flatnonzero(np.frombuffer(body, np.uint8) == separator[0])
+    # The separators are taken out, so each text ends by as many bytes earlier as texts end before it.
+    offsets = np.concatenate([[0], ends - np.arange(len(ends))]).astype(np.int64)
+    bare = body.replace(separator, b"")
+    return pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(bare))
 
 
 def _read(body: Body) -> bytes:
@@ -175,10 +183,13 @@ def _json_pieces(entries: Sequence[Arrival], bodies: Bodies) -> Iterator[_Piece]
 def _large_pieces(entry: Arrival, body: Path | IO[bytes]) -> Iterator[_Piece]:
     first = 0
     with body.open("rb") if isinstance(body, Path) else body as file:
+        for kept in ahead.parts(columns_path(body)) if isinstance(body, Path) else ():
+            yield _Piece(_origin([entry], [kept.rows], [first]), lines=file.read(kept.bytes), kept=kept)
+            first += kept.rows
         for part in _pieces_of_file(file):
-            texts = _lines(part, b"\n")
-            yield _Piece(_origin([entry], [len(texts)], [first]), texts, lines=part)
-            first += len(texts)
+            rows = part.count(b"\n")
+            yield _Piece(_origin([entry], [rows], [first]), lines=part)
+            first += rows
 
 
 def _pieces(entries: Sequence[Arrival], bodies: Bodies) -> Iterator[_Piece]:
@@ -223,6 +234,11 @@ def user_schema(schema: pa.Schema | None) -> pa.Schema:
     return pa.schema([f for f in schema or pa.schema([]) if f.name not in SYSTEM_COLUMNS])
 
 
+def columns_of(catalog: Catalog, dataset: str) -> pa.Schema:
+    """The user columns of a dataset's latest version; none before its first, nor of an unknown dataset."""
+    return user_schema(reading.schema_of(catalog, catalog.latest(dataset)))
+
+
 @dataclass
 class Projected:
     """One piece after projection: its accepted rows with system columns, and what was refused."""
@@ -258,9 +274,20 @@ def projected(entries: Sequence[Arrival], bodies: Bodies, schema: pa.Schema) -> 
             yield made
 
 
+def _projection(piece: _Piece, schema: pa.Schema) -> Projection:
+    if piece.rows is not None:
+        return project_table(piece.rows, schema)
+    kept = piece.kept
+    if kept is not None and kept.batch is not None and schema.equals(kept.assumed, check_metadata=True):
+        return Projection(kept.batch, kept.batch.schema, np.arange(kept.rows, dtype=np.int64), [], ())
+    return project_json(piece.texts, schema, lines=piece.lines)
+
+
 def _projected(piece: _Piece, schema: pa.Schema) -> Projected:
     rows = piece.rows
-    made = project_json(piece.texts, schema, lines=piece.lines) if rows is None else project_table(rows, schema)
+    if piece.texts is None and piece.lines is not None:
+        piece = replace(piece, texts=_lines(piece.lines, b"\n"))
+    made = _projection(piece, schema)
     some = len(made.accepted) < piece.origin.num_rows
     take = pa.array(made.accepted)
     origin = piece.origin.take(take) if some else piece.origin

@@ -6,11 +6,13 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from headrace import arrivals
 from headrace.client.connect import RemoteSession
 from headrace.client.payload import Content, read_chunks
 from headrace.client.session import Session
@@ -57,19 +59,24 @@ class EmbeddedSession(Session):
     """Owns the root while it is open: flushes what is uploaded, and executes runs, in threads of this process."""
 
     def __init__(self, root: Root, lock: RootLock) -> None:
-        self._root, self._lock = root, lock
+        self._root, self._lock, self._closed = root, lock, False
         self._inbox = Inbox(root.path)
-        self._exchange = Exchange(root)
-        self._flusher = Flusher(root, self._exchange.catalog, self._exchange.reader, self._inbox.forget)
+        self._opened = Exchange(root)
+        self._flusher = Flusher(root, self._opened.catalog, self._opened.reader, self._inbox.forget)
         self._flusher.recover()
         self._loop: Any = None
         self._stop = threading.Event()
         self._flushing = threading.Thread(target=self._flusher.run, args=(self._stop,), name="flusher", daemon=True)
         self._flushing.start()
         self._running: threading.Thread | None = None
-        self._closed = False
         if any(run.status in ("queued", "running") for run in self._exchange.catalog.runs(1000)):
             self._work()
+
+    @property
+    def _exchange(self) -> Exchange:
+        if self._closed:
+            raise BadRequest("this exchange was closed", hint="open it again with headrace.connect")
+        return self._opened
 
     def close(self) -> None:
         """Commit what was uploaded, finish, and let the root go."""
@@ -80,12 +87,12 @@ class EmbeddedSession(Session):
         self._flushing.join()
         if self._running is not None:
             self._running.join()
-        for pending in self._exchange.reader.pending():
+        for pending in self._opened.reader.pending():
             self._flusher.flush_all(pending.dataset)
         if self._loop is not None:
             self._loop.close()
         self._inbox.close()
-        self._exchange.close()
+        self._opened.close()
         self._lock.release()
 
     def __repr__(self) -> str:
@@ -111,7 +118,8 @@ class EmbeddedSession(Session):
         self._exchange.admit(OWNER, dataset, key, idempotency_key)
         hashed = None if idempotency_key is None else key or ""
         form = format_of_type(content_type)
-        intake = Intake(self._inbox, form, encoding or "", strict=False, hashed=hashed)
+        known = partial(arrivals.columns_of, self._exchange.catalog, dataset)
+        intake = Intake(self._inbox, form, encoding or "", strict=False, hashed=hashed, schema=known)
         try:
             for chunk in _chunks(body):
                 intake.feed([chunk])
@@ -184,6 +192,9 @@ class EmbeddedSession(Session):
 
     def _create_token(self, name: str, role: str, datasets: Sequence[str], days: int | None) -> Token:
         return self._exchange.create_token(OWNER, name, role, datasets, days)
+
+    def _tokenizer(self, ref: Ref) -> bytes:
+        return self._exchange.tokenizer(OWNER, ref)
 
     def datasets(self) -> list[Dataset]:
         """All datasets."""

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
+
+import pyarrow as pa
 
 from headrace import settings
-from headrace.collect import formats
+from headrace.collect import ahead, formats
+from headrace.collect.project import Projection, check_and_project
 from headrace.errors import BadData, TooLarge
-from headrace.inbox import RECORD_SEPARATOR, Inbox, Spool
+from headrace.inbox import RECORD_SEPARATOR, Inbox, Spool, columns_path
 from headrace.model import RowError
 
 LINES_BYTES = 4 << 20
+_FIRST_BYTES = 1 << 20
+_MISSES_MOST = 3
 _CHECKED_AHEAD = 2
 _CHECKERS = ThreadPoolExecutor(2, thread_name_prefix="headrace-check")
 
@@ -62,6 +69,11 @@ class _Kept:
         self._bytes = 0
         self._spool: Spool | None = None
 
+    @property
+    def path(self) -> Path | None:
+        """Where the bytes go; None while they are in memory."""
+        return None if self._spool is None else self._spool.path
+
     def write(self, piece: bytes) -> None:
         self._bytes += len(piece)
         if self._spool is None and self._bytes > self._limit:
@@ -82,10 +94,62 @@ class _Kept:
             self._spool.abandon()
 
 
+class _Columns:
+    """Keeps what was projected of lines beside the file that holds them; in memory as long as they are.
+
+    Lines are projected under the schema that those before them made of ``schema``, the dataset's. Should that be
+    another one at the flush, they are projected there. After a few chunks that could not be, no more is tried.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema: pa.Schema | None = schema
+        self._misses = 0
+        self._held: list[ahead.Part] = []
+        self._file: ahead.Writer | None = None
+
+    def keep(
+        self, lines: bytes, rows: int, assumed: pa.Schema | None, made: Projection | None, path: Path | None
+    ) -> None:
+        """Take the next lines; ``path`` is where their text went."""
+        if made is not None:
+            self.schema, self._misses = made.schema, 0
+            self._held.append(ahead.Part(len(lines), rows, assumed, made.batch))
+        else:
+            self._held.append(ahead.Part(len(lines), rows))
+            self._misses += 1
+            if self._misses == _MISSES_MOST:
+                self.schema = None
+        if path is None:
+            return
+        if self._file is None:
+            self._file = ahead.Writer(columns_path(path))
+        for part in self._held:
+            self._file.write(part)
+        self._held.clear()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def abandon(self) -> None:
+        if self._file is not None:
+            self._file.abandon()
+
+
+_Checked: TypeAlias = tuple[bytes, int, list[RowError], Projection | None]
+
+
+def _checked(lines: bytes, limits: formats.Limits, assumed: pa.Schema | None) -> _Checked:
+    if assumed is None:
+        return (*formats.check_ndjson(lines, limits), None)
+    return check_and_project(lines, limits, assumed)
+
+
 class Intake:
     """Takes one body: ``feed`` its chunks, then ``finish``; or ``abandon`` it. May block; one thread at a time.
 
     With ``strict`` one bad record refuses the whole body. ``hashed`` asks for the hash that idempotency compares.
+    ``schema`` gives the dataset's user columns: of a large NDJSON body, columns are then made while it is checked.
     """
 
     def __init__(
@@ -97,6 +161,7 @@ class Intake:
         strict: bool = False,
         hashed: str | None = None,
         limits: Limits | None = None,
+        schema: Callable[[], pa.Schema] | None = None,
     ) -> None:
         limits = limits or Limits()
         self._format = format
@@ -112,7 +177,9 @@ class Intake:
         self._rows = 0
         self._rejected = 0
         self._errors: list[RowError] = []
-        self._checking: deque[Future[tuple[bytes, int, list[RowError]]]] = deque()
+        self._checking: deque[tuple[pa.Schema | None, Future[_Checked]]] = deque()
+        self._schema = schema
+        self._columns: _Columns | None = None
 
     def feed(self, chunks: list[bytes]) -> None:
         """Take chunks as they came over the wire; raises BadData, TooLarge, OSError."""
@@ -128,28 +195,38 @@ class Intake:
             return
         self._open.append(piece)
         self._open_bytes += len(piece)
-        if self._format == "ndjson" and self._open_bytes >= LINES_BYTES and b"\n" in piece:
+        enough = LINES_BYTES if self._rows or self._checking else _FIRST_BYTES
+        if self._format == "ndjson" and self._open_bytes >= enough and b"\n" in piece:
             text = b"".join(self._open)
             cut = text.rindex(b"\n") + 1
             self._open = [text[cut:]]
             self._open_bytes = len(text) - cut
-            self._check(text[:cut])
+            if self._columns is None and self._schema is not None:
+                self._columns = _Columns(self._schema())
+                # A short first chunk, and waited for: under its columns those that follow are projected side by side.
+                self._check(text[:cut], 0)
+            else:
+                self._check(text[:cut])
         if self._open_bytes > self._record_max + LINES_BYTES:
             raise TooLarge(
                 f"a record, or a JSON body, is at most {self._record_max} bytes", hint="send application/x-ndjson"
             )
 
-    def _check(self, text: bytes) -> None:
+    def _check(self, text: bytes, ahead: int = _CHECKED_AHEAD) -> None:
         """Judge whole lines in a thread while more come; the outcomes are taken in order, few at a time."""
-        self._checking.append(_CHECKERS.submit(formats.check_ndjson, text, self._judge))
-        while len(self._checking) > _CHECKED_AHEAD:
+        assumed = self._columns.schema if self._columns is not None else None
+        self._checking.append((assumed, _CHECKERS.submit(_checked, text, self._judge, assumed)))
+        while len(self._checking) > ahead:
             self._settle()
 
     def _settle(self) -> None:
-        good, rows, errors = self._checking.popleft().result()
+        assumed, future = self._checking.popleft()
+        good, rows, errors, made = future.result()
         self._refuse(errors, self._rows + self._rejected)
         self._rows += rows
         self._kept.write(good)
+        if self._columns is not None:
+            self._columns.keep(good, rows, assumed, made, self._kept.path)
 
     def _refuse(self, errors: list[RowError], offset: int) -> None:
         self._rejected += len(errors)
@@ -177,6 +254,8 @@ class Intake:
                 details={"errors": [{"index": error.index, "reason": error.reason} for error in self._errors]},
             )
         body = self._kept.finish()
+        if self._columns is not None:
+            self._columns.close()
         if form not in ("json", "ndjson"):
             rows = formats.check_table(form, body)[0]
         sha = None if self._sha is None else self._sha.hexdigest()
@@ -184,6 +263,8 @@ class Intake:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        for check in self._checking:
+        for _, check in self._checking:
             check.cancel()
+        if self._columns is not None:
+            self._columns.abandon()
         self._kept.abandon()

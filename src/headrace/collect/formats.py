@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -300,13 +301,17 @@ def check_ndjson(chunk: bytes, limits: Limits | None = None) -> tuple[bytes, int
     Blank lines are no records. ``index`` counts the records of this chunk from 0, good and bad.
     """
     limits = limits or Limits.of_settings()
+    text = normal_lines(chunk)
+    count = count_plain_lines(text, limits) if len(text) >= _SMALL else 0
+    return (text, count, []) if count else check_lines(text, limits)
+
+
+def normal_lines(chunk: bytes) -> bytes:
+    """The chunk without byte order mark, with ``\\n`` at the end of each line."""
     text = _unmarked(chunk)
     if b"\r" in text:
         text = text.replace(b"\r\n", b"\n")
-    if text and not text.endswith(b"\n"):
-        text += b"\n"
-    count = count_plain_lines(text, limits) if len(text) >= _SMALL else 0
-    return (text, count, []) if count else check_lines(text, limits)
+    return text + b"\n" if text and not text.endswith(b"\n") else text
 
 
 def count_plain_lines(text: bytes, limits: Limits) -> int:
@@ -316,27 +321,38 @@ def count_plain_lines(text: bytes, limits: Limits) -> int:
     that begins with ``{`` and ends with ``}`` cannot continue on a line that begins with ``{``; so as many rows as
     lines means exactly one object on each.
     """
-    if (
-        b"\0" in text
-        or (b"\\" in text and _SURROGATE.search(text))
-        or any(word in text and bad.search(text) for word, bad in _NOT_A_NUMBER)
-    ):
+    framed = framed_lines(text, limits)
+    if framed is None or any(word in text and bad.search(text) for word, bad in _NOT_A_NUMBER):
         return 0
-    view = np.frombuffer(text, dtype=np.uint8)
-    ends = np.flatnonzero(view == ord("\n"))
-    longest = _longest_line(view, ends, limits)
-    if not longest:
-        return 0
+    ends, longest = framed
     try:
-        text.decode()
         table = pa_json.read_json(
             pa.BufferReader(text),
             read_options=pa_json.ReadOptions(block_size=max(BLOCK_BYTES, longest + 1), use_threads=False),
             parse_options=pa_json.ParseOptions(explicit_schema=pa.schema([]), unexpected_field_behavior="ignore"),
         )
-    except (UnicodeDecodeError, pa.ArrowException):
+    except pa.ArrowException:
         return 0
     return len(ends) if table.num_rows == len(ends) else 0
+
+
+def framed_lines(text: bytes, limits: Limits) -> tuple[npt.NDArray[np.intp], int] | None:
+    """Where the lines end, and the bytes of the longest; None if one may be what Arrow takes and RFC 8259 does not.
+
+    What is left to the caller: numbers that are none (``NaN``, ``Infinity``), and whether Arrow finds a row per line.
+    """
+    if b"\0" in text or (b"\\" in text and _SURROGATE.search(text)):
+        return None
+    view = np.frombuffer(text, dtype=np.uint8)
+    ends = np.flatnonzero(view == ord("\n"))
+    longest = _longest_line(view, ends, limits)
+    if not longest:
+        return None
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return None
+    return ends, longest
 
 
 def _longest_line(view: np.ndarray[Any, Any], ends: np.ndarray[Any, Any], limits: Limits) -> int:

@@ -38,7 +38,7 @@ from headrace.collect.kinds import (
     stored_name,
     struct_of,
 )
-from headrace.model import SYSTEM_COLUMNS
+from headrace.model import SYSTEM_COLUMNS, RowError
 
 _CHUNK_ROWS = 8192
 _SAMPLE_ROWS = 64
@@ -167,7 +167,28 @@ def _one_batch(table: pa.Table, schema: pa.Schema) -> pa.RecordBatch:
 
 # ---------------------------------------------------------------------------------------------- the fast path
 
+
+def check_and_project(
+    chunk: bytes, limits: formats.Limits, schema: pa.Schema
+) -> tuple[bytes, int, list[RowError], Projection | None]:
+    """``formats.check_ndjson``, and with one parse for both the projection of the same lines under ``schema``.
+
+    The projection is there only if it came without cost: it then accepted every line and widened nothing.
+    """
+    text = formats.normal_lines(chunk)
+    framed = formats.framed_lines(text, limits)
+    if framed is not None:
+        ends, longest = framed
+        offsets = np.concatenate([[0], ends + 1]).astype(np.int64)
+        texts = pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(text))
+        made = _project_fast(texts, schema, text, longest)
+        if made is not None:
+            return text, len(ends), [], made
+    return (*formats.check_ndjson(chunk, limits), None)
+
+
 _PLAIN = (BOOL, INT, FLOAT, TEXT)
+_MINUS_ZERO_BITS = np.iinfo(np.int64).min
 _MINUS_ZERO = re.compile(rb"-0[ \t\r\n]*[,}\]]")
 
 
@@ -176,7 +197,7 @@ def _is_plain(type: pa.DataType) -> bool:
 
 
 def _project_fast(
-    texts: pa.Array | Sequence[bytes], schema: pa.Schema, lines: bytes | None = None
+    texts: pa.Array | Sequence[bytes], schema: pa.Schema, lines: bytes | None = None, longest: int = 0
 ) -> Projection | None:
     """The same through Arrow's parser, or None where that is not sure to equal the fold.
 
@@ -186,18 +207,22 @@ def _project_fast(
     """
     if len(texts) < _SAMPLE_ROWS or not all(_is_plain(f.type) for f in schema):
         return None
-    joined, longest = _joined(texts) if lines is None else (pa.py_buffer(lines), _longest(texts))
-    if _MINUS_ZERO.search(memoryview(joined)):
-        return None
+    if lines is None:
+        joined, longest = _joined(texts)
+    else:
+        joined, longest = pa.py_buffer(lines), longest or _longest(texts)
     known = {original_name(f): f.type for f in schema}
-    table = _parse(joined, max(4 * BLOCK_BYTES, longest + 2), known, _sampled_strings(texts))
+    strings = _sampled_strings(texts)
+    if strings is None:
+        return None
+    table = _parse(joined, max(4 * BLOCK_BYTES, longest + 2), known, strings)
     if table is None or table.num_rows != len(texts):
         return None
     new = _new_columns(table, texts, {original_name(f) for f in schema})
     if new is None:
         return None
     grown = _schema_with(schema, new, table)
-    if len(grown) > max(settings.integer("columns_max"), len(schema)) or _has_infinity(table):
+    if len(grown) > max(settings.integer("columns_max"), len(schema)) or _has_odd_floats(table, joined):
         return None
     columns = [table.column(original_name(f)) for f in grown]
     batch = _one_batch(pa.Table.from_arrays(columns, schema=grown) if columns else table.select([]), grown)
@@ -224,12 +249,18 @@ def _joined(texts: pa.Array | Sequence[bytes]) -> tuple[pa.Buffer, int]:
     return ended.buffers()[2].slice(int(offsets[0]), int(offsets[-1] - offsets[0])), _longest(texts)
 
 
-def _sampled_strings(texts: pa.Array | Sequence[bytes]) -> dict[str, pa.DataType]:
-    """Columns that hold strings, or lists of them, in some evenly spaced records."""
+def _sampled_strings(texts: pa.Array | Sequence[bytes]) -> dict[str, pa.DataType] | None:
+    """Columns that hold strings, or lists of them, in some evenly spaced records; None if one is no JSON object."""
     rows = np.linspace(0, len(texts) - 1, _SAMPLE_ROWS).astype(np.int64)
     found: dict[str, pa.DataType] = {}
     for text in _each(_take(texts, rows, True)):
-        for name, value in formats.loads(text).items():
+        try:
+            record = formats.loads(text)
+        except ValueError:
+            return None
+        if not isinstance(record, dict):
+            return None
+        for name, value in record.items():
             if isinstance(value, str):
                 found[name] = TEXT
             elif isinstance(value, list) and value and isinstance(value[0], str):
@@ -327,10 +358,16 @@ def _schema_with(schema: pa.Schema, new: Sequence[str], table: pa.Table) -> pa.S
     return pa.schema(fields)
 
 
-def _has_infinity(table: pa.Table) -> bool:
+def _has_odd_floats(table: pa.Table, joined: pa.Buffer) -> bool:
+    """Floats that Arrow reads out of texts where JSON holds something else, or the fold another number."""
+    zeros = False
     for column in table.columns:
         for chunk in column.chunks:
             flat = chunk.flatten() if pa.types.is_list(chunk.type) else chunk
-            if flat.type == FLOAT and pc.any(pc.is_inf(flat), min_count=0).as_py():
+            if flat.type != FLOAT or not len(flat):
+                continue
+            if not pc.all(pc.is_finite(flat), min_count=0).as_py():
                 return True
-    return False
+            bits = np.frombuffer(flat.buffers()[1], np.int64, len(flat), 8 * flat.offset)
+            zeros = zeros or bool((bits == _MINUS_ZERO_BITS).any())
+    return zeros and _MINUS_ZERO.search(memoryview(joined)) is not None

@@ -5,8 +5,8 @@ An upload is acknowledged after the commit that holds it; its body goes only onc
 """
 
 from headrace.inbox.reader import InboxReader, Snapshot
-from headrace.inbox.values import RECORD_SEPARATOR, Arrived, Entry, Pending, TailEntry, Upload
-from headrace.inbox.writer import Inbox, Spool
+from headrace.inbox.values import RECORD_SEPARATOR, Arrived, Entry, Pending, TailEntry, Upload, columns_path
+from headrace.inbox.writer import Inbox, Spool, remove_body
 
 __all__ = [
     "RECORD_SEPARATOR",
@@ -19,4 +19,6 @@ __all__ = [
     "Spool",
     "TailEntry",
     "Upload",
+    "columns_path",
+    "remove_body",
 ]

@@ -12,6 +12,12 @@ from headrace.model import RowError
 RECORD_SEPARATOR = b"\x1e"
 """Joins the verbatim texts of a ``json`` body: JSON never contains this byte."""
 
+
+def columns_path(body: Path) -> Path:
+    """Where what was projected of a spooled body while it was checked is kept, if anything is."""
+    return body.with_suffix(".columns")
+
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS uploads(
   seq INTEGER PRIMARY KEY, receipt TEXT NOT NULL, dataset TEXT NOT NULL, format TEXT NOT NULL, rows INTEGER NOT NULL,

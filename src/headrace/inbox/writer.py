@@ -22,7 +22,7 @@ import orjson
 
 from headrace import settings
 from headrace.errors import Busy, Conflict, HeadraceError
-from headrace.inbox.values import SCHEMA, Upload, row_errors
+from headrace.inbox.values import SCHEMA, Upload, columns_path, row_errors
 from headrace.model import Receipt, to_dict
 
 _CHECKPOINT_PAGES = 4096
@@ -80,6 +80,12 @@ class Spool:
         """Remove the file; harmless after another ``abandon``."""
         self._file.close()
         self.path.unlink(missing_ok=True)
+
+
+def remove_body(path: Path) -> None:
+    """Remove a spooled body, and what may be kept beside it."""
+    path.unlink(missing_ok=True)
+    columns_path(path).unlink(missing_ok=True)
 
 
 @dataclass(slots=True)
@@ -341,7 +347,7 @@ class Inbox:
             self._held -= sum(job.bytes for job in refused)
         for job in refused:
             if isinstance(job.upload.body, Path):
-                job.upload.body.unlink(missing_ok=True)
+                remove_body(job.upload.body)
 
     def _known(self, upload: Upload) -> Receipt | HeadraceError | None:
         row = self._db.execute(
@@ -393,7 +399,7 @@ class Inbox:
         with self._wake:
             self._held -= sum(size for _, size in rows)
         for name in paths:
-            (self.folder / name).unlink(missing_ok=True)
+            remove_body(self.folder / name)
         return len(rows) if len(rows) < _FORGET_ROWS else None
 
     def _prune_all(self, before: float) -> int:

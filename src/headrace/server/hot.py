@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
 
-from headrace import settings
+from headrace import arrivals, settings
 from headrace.collect import formats
 from headrace.errors import BadRequest, Busy, HeadraceError, TooLarge
-from headrace.inbox import Inbox, Upload
+from headrace.inbox import Inbox, Upload, remove_body
 from headrace.intake import Intake, Judged, Limits, small_json
 from headrace.model import Principal, Receipt, check_name
 from headrace.server.metrics import Metrics
@@ -73,7 +74,15 @@ class Uploads:
         if judged is None:
             hashed = None if idem is None else key or ""
             coding = request.header(b"content-encoding")
-            intake = Intake(self._inbox, form, coding, strict=strict, hashed=hashed, limits=self._limits)
+            intake = Intake(
+                self._inbox,
+                form,
+                coding,
+                strict=strict,
+                hashed=hashed,
+                limits=self._limits,
+                schema=partial(arrivals.columns_of, self._exchange.catalog, dataset),
+            )
             judged = await self._take(request, intake, form)
         if judged.rows and dataset not in self._known:
             await self._workers.run(self._exchange.make_known, dataset)
@@ -103,7 +112,7 @@ class Uploads:
             return await self._inbox.append_async(upload)
         except HeadraceError:
             if not isinstance(judged.body, bytes):
-                judged.body.unlink(missing_ok=True)
+                remove_body(judged.body)
             raise
 
     async def _take(self, request: Request, intake: Intake, form: str) -> Judged:

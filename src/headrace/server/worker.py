@@ -17,11 +17,13 @@ from headrace.pipeline.durable import RunLoop
 from headrace.pipeline.run import Engine
 from headrace.root import Root
 from headrace.server.lifeline import end_with_parent
+from headrace.server.memory import reuse_memory
 
 
 def main(root: str | Path | None = None, parent: int | None = None) -> None:
     """Work on the exchange at ``root`` until SIGTERM or SIGINT, or until process ``parent`` is gone."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    reuse_memory()
     logs.for_machines()
     place = Root.at(root or "headrace-data")
     catalog = Catalog(place.catalog)
