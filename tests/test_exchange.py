@@ -275,6 +275,15 @@ def test_what_the_table_holds_and_the_catalog_lost_comes_back(tmp_path: Path) ->
         assert ex.get_data() == [{"x": 1}, {"x": 2}, {"x": 3}]
 
 
+def test_csv_values_reach_a_string_column_as_they_are(ex: Session, tmp_path: Path) -> None:
+    ex.upload("d", [{"code": "a", "n": 1}])
+    (tmp_path / "more.csv").write_text("code,n\n1.50,2\n007,3\n")
+    ex.upload("d", tmp_path / "more.csv")
+    assert ex.head("d") == [{"code": "a", "n": 1}, {"code": "1.50", "n": 2}, {"code": "007", "n": 3}]
+    flushed(ex, "d", 3)
+    assert ex.dataset("d").to_arrow().column("code").to_pylist() == ["a", "1.50", "007"]
+
+
 def test_a_closed_exchange_refuses_everything(tmp_path: Path) -> None:
     ex = headrace.connect(tmp_path / "root")
     ex.upload("d", [{"x": 1}])

@@ -336,3 +336,27 @@ def test_formats_are_told_by_type_and_by_name():
             formats.format_of_path(unknown)
     with pytest.raises(UnsupportedType, match="text/html"):
         formats.format_of_type("text/html")
+
+
+def test_a_parquet_body_that_repeats_one_value_without_end_is_refused_unexpanded():
+    table = pa.table({"t": pa.array(["x" * (4 << 20)] * 200).dictionary_encode()})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    assert len(sink.getvalue()) < 10_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(TooLarge, match="decodes to more"):
+        check_table("parquet", sink.getvalue())
+    assert pa.total_allocated_bytes() - before < 64 << 20
+
+
+def test_a_parquet_body_of_repeated_short_values_is_taken():
+    table = pa.table({"t": pa.array(["yes"] * 100_000), "n": pa.array([1] * 100_000)})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    assert check_table("parquet", sink.getvalue())[0] == 100_000
+    assert pa.Table.from_batches(read_table("parquet", sink.getvalue())).equals(table)
+
+
+def test_an_array_of_too_many_records_is_refused_before_it_is_cut():
+    with pytest.raises(TooLarge, match="at most 1000000 records"):
+        split_json(b"[" + b"{}," * 1_000_001 + b"{}]")

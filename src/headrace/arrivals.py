@@ -19,10 +19,9 @@ import pyarrow.compute as pc
 
 from headrace import reading
 from headrace.catalog import Catalog
-from headrace.collect import ahead
-from headrace.collect.formats import read_table
+from headrace.collect import ahead, formats
 from headrace.collect.project import Projection, project_json
-from headrace.collect.tabular import project_table
+from headrace.collect.tabular import project_table, reading_schema
 from headrace.inbox import RECORD_SEPARATOR, columns_path
 from headrace.model import SYSTEM_COLUMNS
 from headrace.rows import to_json
@@ -77,7 +76,8 @@ Bodies: TypeAlias = Callable[[Any], Body]
 class _Piece:
     """Some records and where each came from: JSON ``texts``, or one on each of ``lines``, or typed ``rows``.
 
-    ``kept`` may hold what ``lines`` were projected to when they were checked.
+    ``kept`` may hold what ``lines`` were projected to when they were checked. Rows of a CSV are texts still; ``found``
+    is what their columns look like.
     """
 
     origin: pa.RecordBatch
@@ -85,6 +85,7 @@ class _Piece:
     rows: pa.RecordBatch | None = None
     lines: bytes | None = None
     kept: ahead.Part | None = None
+    found: pa.Schema | None = None
 
 
 def _origin(entries: Sequence[Arrival], counts: Sequence[int], first: Sequence[int]) -> pa.RecordBatch:
@@ -202,9 +203,13 @@ def _pieces(entries: Sequence[Arrival], bodies: Bodies) -> Iterator[_Piece]:
         yield from _json_pieces(run, bodies)
         run = []
         first = 0
-        body = bodies(entry)
-        for rows in read_table(entry.format, body if isinstance(body, bytes | Path) else body.read()):
-            yield _Piece(_origin([entry], [rows.num_rows], [first]), rows=rows)
+        given = bodies(entry)
+        body = given if isinstance(given, bytes | Path) else given.read()
+        # A CSV is read as text: what its columns are depends on what the dataset holds when their turn comes.
+        found = formats.table_schema(entry.format, body) if entry.format in ("csv", "tsv") else None
+        as_text = None if found is None else pa.schema([(field.name, pa.string()) for field in found])
+        for rows in formats.read_table(entry.format, body, as_text):
+            yield _Piece(_origin([entry], [rows.num_rows], [first]), rows=rows, found=found)
             first += rows.num_rows
     yield from _json_pieces(run, bodies)
 
@@ -276,7 +281,10 @@ def projected(entries: Sequence[Arrival], bodies: Bodies, schema: pa.Schema) -> 
 
 def _projection(piece: _Piece, schema: pa.Schema) -> Projection:
     if piece.rows is not None:
-        return project_table(piece.rows, schema)
+        found = piece.found
+        return project_table(
+            piece.rows if found is None else formats.typed(piece.rows, reading_schema(found, schema)), schema
+        )
     kept = piece.kept
     if kept is not None and kept.batch is not None and schema.equals(kept.assumed, check_metadata=True):
         return Projection(kept.batch, kept.batch.schema, np.arange(kept.rows, dtype=np.int64), [], ())

@@ -27,6 +27,7 @@ TABLE = (
     Setting("upload_ratio_max", 1000, "Largest ratio of decompressed to compressed bytes beyond the first MiB", 1),
     Setting("record_bytes_max", 256 * MiB, "Largest single record in bytes", 1),
     Setting("json_depth_max", 200, "Deepest nesting of a JSON record", 1),
+    Setting("json_array_max", 1_000_000, "Most records in one JSON array; NDJSON has no such limit", 1),
     Setting("columns_max", 2000, "Most columns that inference may give a dataset", 1),
     Setting("upload_errors_max", 100, "Most rejected records that one answer lists", 1),
     Setting(

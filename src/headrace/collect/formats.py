@@ -24,6 +24,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from headrace import settings
+from headrace.collect import parquet
 from headrace.collect.codings import BLOCK_BYTES, Decompressor, decompress
 from headrace.errors import BadData, TooLarge, UnsupportedType
 from headrace.model import RowError
@@ -111,15 +112,20 @@ def format_of_path(path: str | PurePath) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a JSON record may be at most: ``depth`` in levels (a flat object is 1), ``bytes`` of text."""
+    """Most of JSON: ``depth`` of a record in levels (flat: 1), ``bytes`` of its text, ``records`` of an array."""
 
     depth: int
     bytes: int
+    records: int = 1_000_000
 
     @classmethod
     def of_settings(cls) -> Limits:
         """The limits in force; take them once where many small bodies are judged."""
-        return cls(settings.integer("json_depth_max"), settings.integer("record_bytes_max"))
+        return cls(
+            settings.integer("json_depth_max"),
+            settings.integer("record_bytes_max"),
+            settings.integer("json_array_max"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +220,8 @@ def split_json(body: bytes, single: bool = False, limits: Limits | None = None) 
     if len(body) > limits.bytes:
         raise TooLarge(f"a JSON body is at most {limits.bytes} bytes", hint="send many records as application/x-ndjson")
     text = _unmarked(body).strip(_BLANK)
+    if text.count(b"{") > limits.records and text.count(b"},") >= limits.records:
+        raise TooLarge(f"a JSON array holds at most {limits.records} records", hint="send more as application/x-ndjson")
     if not text.startswith(b"["):
         problem = record_problem(text, limits.depth) if text else "the body is empty"
         if problem:
@@ -412,7 +420,7 @@ def check_table(format: str, source: Source) -> tuple[int, pa.Schema]:
     """(rows, schema) after decoding all of a CSV, TSV, Arrow or Parquet body once, batch by batch; raises BadData."""
     with _readable(format):
         schema = table_schema(format, source)
-        rows = sum(batch.num_rows for batch in read_table(format, source, schema))
+        rows = sum(batch.num_rows for batch in read_table(format, source, schema, trusted=False))
     return rows, schema
 
 
@@ -433,17 +441,20 @@ def table_schema(format: str, source: Source) -> pa.Schema:
     return schema
 
 
-def read_table(format: str, source: Source, schema: pa.Schema | None = None) -> Iterator[pa.RecordBatch]:
+def read_table(
+    format: str, source: Source, schema: pa.Schema | None = None, trusted: bool = True
+) -> Iterator[pa.RecordBatch]:
     """The batches of a CSV, TSV, Arrow or Parquet body, in order, in bounded memory; raises BadData.
 
-    ``schema`` spares a CSV body its first pass; it must come from ``table_schema`` of the same body.
+    ``schema`` spares a CSV body its first pass; it must come from ``table_schema`` of the same body. What nobody has
+    looked at yet is not ``trusted``: TooLarge where it decodes to far more than its size.
     """
     schema = schema or table_schema(format, source)
     with _readable(format), _open(source) as file:
         if format in ("csv", "tsv"):
             yield from _csv_reader(file, format, {field.name: pa.string() for field in schema}, schema)
         elif format == "parquet":
-            yield from _validated(pq.ParquetFile(file).iter_batches(settings.integer("batch_rows")))
+            yield from _validated(parquet.batches(file, trusted))
         else:
             yield from _validated(_ipc(file)[1])
 
@@ -482,10 +493,11 @@ def _csv_reader(
         ),
     )
     for batch in reader:
-        yield batch if schema is None else _typed(batch, schema)
+        yield batch if schema is None else typed(batch, schema)
 
 
-def _typed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+def typed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """A batch of texts in the types of ``schema``, which must be able to hold them."""
     columns = [batch.column(i).cast(field.type) for i, field in enumerate(schema)]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
