@@ -45,7 +45,7 @@ class Flusher:
                 versions.recover(self.root, self.catalog, name)
                 versions.recover_quarantine(self.root, self.catalog, name)
 
-    def run(self, stop: threading.Event, poll: float = 0.05) -> None:
+    def run(self, stop: threading.Event, poll: float = 0.02) -> None:
         """Flush what is due until ``stop``. An error is logged and tried again; nothing leaves the inbox meanwhile."""
         busy: float | None = None
         later: dict[str, float] = {}
