@@ -136,7 +136,7 @@ def test_between_a_request_and_its_answer_the_inbox_is_synced(tmp_path):
     served = Served(tmp_path / "root", free_port(), open=True, prefix=prefix).start(120)
     for number in range(20):
         with socket.create_connection(("127.0.0.1", served.port)) as raw:
-            head = "POST /upload HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            head = "POST /upload HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
             raw.sendall(f'{head}X-Request-Id: mark-{number}\r\nContent-Length: 7\r\n\r\n{{"a":1}}'.encode())
             assert b"receipt" in b"".join(iter(lambda raw=raw: raw.recv(65536), b""))
     (server,) = [int(p) for p in os.listdir("/proc") if p.isdigit() and is_child(int(p), served.process.pid)]
