@@ -504,7 +504,7 @@ class Exchange:
             self._previews.release()
 
     def _previewed(self, run: Run) -> dict[str, Any]:
-        answer = self._place.staging / f"preview-{run.id}.json"
+        answer = self._place.preview(run.id)
         end, pause = time.monotonic() + PREVIEW_SECONDS, 0.02
         while not answer.exists():
             if time.monotonic() > end:

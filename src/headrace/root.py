@@ -72,3 +72,7 @@ class Root:
     def run(self, run_id: str) -> Path:
         """The staging folder of a run."""
         return self.staging / run_id
+
+    def preview(self, run_id: str) -> Path:
+        """Where a worker leaves the answer of a preview for the process that asked."""
+        return self.staging / f"preview-{run_id}.json"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -158,25 +157,9 @@ def _first(rows: Any, limit: int) -> Any:
         yield part
 
 
-def preview_result(root: Root, run_id: str) -> Path:
-    """Where a preview's answer is left for the process that asked."""
-    return root.staging / f"preview-{run_id}.json"
-
-
 def save_preview(root: Root, run_id: str, answer: Any) -> None:
     """Leave a preview's answer, whole or not at all."""
-    path = preview_result(root, run_id)
+    path = root.preview(run_id)
     draft = path.with_suffix(".draft")
     draft.write_bytes(to_json(answer))
     draft.replace(path)
-
-
-def wait(condition: Callable[[], bool], seconds: float) -> bool:
-    """Poll ``condition`` with growing pauses until it holds or the time is over."""
-    pause, end = 0.01, time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() >= end:
-            return False
-        time.sleep(pause)
-        pause = min(0.25, pause * 1.5)
-    return True
