@@ -15,6 +15,7 @@ from headrace.errors import BadData
 from headrace.inbox import Entry, Inbox, Upload, columns_path, remove_body
 from headrace.intake import Intake
 from headrace.reading import conform
+from headrace.rows import SYSTEM
 
 LIMITS = formats.Limits(depth=8, bytes=1 << 20)
 EMPTY = pa.schema([])
@@ -104,7 +105,7 @@ def rows_of(path: Path, rows: int, schema: pa.Schema = EMPTY) -> tuple[pa.Table,
     made = arrivals.gather([entry], lambda entry: entry.body, schema)
     for batch in made.batches:
         batch.validate(full=True)
-    schema = pa.schema([*made.schema, *arrivals.SYSTEM])
+    schema = pa.schema([*made.schema, *SYSTEM])
     return pa.Table.from_batches([conform(batch, schema) for batch in made.batches], schema), made.refused
 
 

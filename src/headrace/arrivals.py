@@ -24,14 +24,10 @@ from headrace.collect.project import Projection, project_json
 from headrace.collect.tabular import project_table, reading_schema
 from headrace.inbox import RECORD_SEPARATOR, columns_path
 from headrace.model import SYSTEM_COLUMNS
-from headrace.rows import to_json
+from headrace.rows import SOURCE, STAMP, SYSTEM, to_json
 from headrace.settings import MiB, integer
 
 _PIECE_BYTES, _FIRST_BYTES = 8 * MiB, 1 * MiB
-_SOURCE = pa.struct([("source", pa.string()), ("locator", pa.string()), ("collected_at", pa.timestamp("us", "UTC"))])
-_TIME = pa.timestamp("us", "UTC")
-SYSTEM = pa.schema([("_id", pa.string()), ("_source", _SOURCE), ("_ingested_at", _TIME), ("_raw", pa.string())])
-"""The system columns of a raw dataset."""
 
 
 class Arrival(Protocol):
@@ -93,7 +89,7 @@ def _origin(entries: Sequence[Arrival], counts: Sequence[int], first: Sequence[i
     repeat = np.repeat(np.arange(len(entries)), counts)
     starts = np.cumsum(counts) - counts
     index = np.arange(len(repeat)) - np.asarray(starts)[repeat] + np.asarray(first)[repeat]
-    times = pa.array([round(e.at * 1e6) for e in entries], pa.int64()).cast(_TIME)
+    times = pa.array([round(e.at * 1e6) for e in entries], pa.int64()).cast(STAMP)
     take = pa.array(repeat)
     return pa.RecordBatch.from_arrays(
         [
@@ -228,7 +224,7 @@ def _ids(origin: pa.RecordBatch, batch: pa.RecordBatch) -> pa.Array:
 
 def _with_system(batch: pa.RecordBatch, origin: pa.RecordBatch, raw: pa.Array) -> pa.RecordBatch:
     source = pa.StructArray.from_arrays(
-        [pa.repeat("upload", batch.num_rows), origin.column("receipt"), origin.column("at")], fields=list(_SOURCE)
+        [pa.repeat("upload", batch.num_rows), origin.column("receipt"), origin.column("at")], fields=list(SOURCE)
     )
     columns = [_ids(origin, batch), source, origin.column("at"), raw]
     return pa.RecordBatch.from_arrays([*batch.columns, *columns], schema=pa.schema([*batch.schema, *SYSTEM]))

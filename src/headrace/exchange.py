@@ -42,7 +42,7 @@ from headrace.model import (
 from headrace.order import Shuffle
 from headrace.predicate import compile_where
 from headrace.root import Root
-from headrace.rows import records
+from headrace.rows import SYSTEM, records
 from headrace.settings import integer
 from headrace.store.types import narrow
 
@@ -300,9 +300,9 @@ class Exchange:
             user = arrivals.user_schema(stored)
             for part in arrivals.projected(tail, opened.open, user):
                 user = part.schema
-            schema = pa.schema([*user, *(f for f in stored or arrivals.SYSTEM if f.name in SYSTEM_COLUMNS)])
+            schema = pa.schema([*user, *(f for f in stored or SYSTEM if f.name in SYSTEM_COLUMNS)])
         if schema is None:
-            schema = pa.schema([*arrivals.SYSTEM])
+            schema = pa.schema([*SYSTEM])
         chosen = list(columns) if columns is not None else [n for n in schema.names if n not in SYSTEM_COLUMNS]
         rows = self._chosen(self._all(ref, version, opened, tail, schema), schema, chosen, where, limit)
         batches = reading.Stream(rows, lambda: held.__exit__(None, None, None) if held is not None else None)

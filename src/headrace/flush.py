@@ -23,6 +23,7 @@ from headrace.catalog import Catalog
 from headrace.inbox import Entry, InboxReader
 from headrace.model import Version
 from headrace.root import Root
+from headrace.rows import SYSTEM
 from headrace.settings import integer, number
 
 APP = "inbox"
@@ -108,7 +109,7 @@ class Flusher:
         if not gathered.batches:
             self.catalog.set_mark(dataset, last)
             return None
-        schema = pa.schema([*gathered.schema, *arrivals.SYSTEM])
+        schema = pa.schema([*gathered.schema, *SYSTEM])
         batches = [reading.conform(batch, schema) for batch in gathered.batches]
         about = versions.About("flush", inbox_seq=last)
         retyped = stored is not None and any(name in stored.names for name in gathered.widened)

@@ -24,7 +24,6 @@ _FIRED = pa.struct(
         ("kept", pa.string()),
     ]
 )
-SOURCE = pa.struct([("source", pa.string()), ("locator", pa.string()), ("collected_at", pa.timestamp("us", "UTC"))])
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),

@@ -14,6 +14,12 @@ import pyarrow.compute as pc
 
 from headrace.steps import user_columns
 
+STAMP = pa.timestamp("us", "UTC")
+SOURCE = pa.struct([("source", pa.string()), ("locator", pa.string()), ("collected_at", STAMP)])
+"""Where a record came from: the type of ``_source``."""
+SYSTEM = pa.schema([("_id", pa.string()), ("_source", SOURCE), ("_ingested_at", STAMP), ("_raw", pa.string())])
+"""The system columns of a raw dataset."""
+
 
 def json_default(value: Any) -> Any:
     """What JSON has no type for: bytes as base64, decimals and durations as text."""

@@ -23,9 +23,8 @@ from headrace.collect.formats import Limits
 from headrace.collect.kinds import TEXT
 from headrace.collect.project import Projection, project_json
 from headrace.errors import BadData, Forbidden, TooLarge
+from headrace.rows import SOURCE, STAMP
 
-STAMP = pa.timestamp("us", "UTC")
-SOURCE = pa.struct([("source", pa.string()), ("locator", pa.string()), ("collected_at", STAMP)])
 SAMPLE_RECORDS = 10_000
 _PIECE = 1 << 20
 # Files are the owner's own: they may decompress to any size, since they are read in bounded pieces.

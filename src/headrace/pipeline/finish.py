@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from headrace import quarantine, reading, versions
+from headrace import reading, versions
 from headrace.catalog import Catalog
 from headrace.errors import ExpectationFailed
 from headrace.model import Run, StepCount, Version
@@ -20,11 +20,12 @@ from headrace.pipeline.stage import staged, staged_schema
 from headrace.pipeline.work import Work, sequential_of, spilled, stages_of
 from headrace.recipe import Recipe
 from headrace.root import Root
+from headrace.rows import SOURCE
 from headrace.split import assign
 from headrace.steps import Carried, SequentialStep
 from headrace.store.disk import DISK
 
-ORIGINS = pa.schema([("_id", pa.string()), ("_source", quarantine.SOURCE)])
+ORIGINS = pa.schema([("_id", pa.string()), ("_source", SOURCE)])
 _OF_THE_RUN = ("files", "path", "folder", "tasks")
 Rows = Iterator[tuple[pa.RecordBatch, str | None]]
 

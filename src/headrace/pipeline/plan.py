@@ -18,20 +18,9 @@ from headrace.errors import BadRecipe
 from headrace.model import SYSTEM_COLUMNS, Ref, Version, from_dict, to_dict
 from headrace.recipe import Collect, Recipe
 from headrace.root import Root
+from headrace.rows import SYSTEM
 from headrace.settings import integer
 from headrace.store.types import decode_schema, encode_schema, logical
-
-SYSTEM = pa.schema(
-    [
-        ("_id", pa.string()),
-        (
-            "_source",
-            pa.struct([("source", pa.string()), ("locator", pa.string()), ("collected_at", pa.timestamp("us", "UTC"))]),
-        ),
-        ("_ingested_at", pa.timestamp("us", "UTC")),
-        ("_raw", pa.string()),
-    ]
-)
 
 
 @dataclass(frozen=True)

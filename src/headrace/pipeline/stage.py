@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from headrace import quarantine, reading
 from headrace.collect.files import RefusedRecord
-from headrace.model import StepCount
+from headrace.model import SYSTEM_COLUMNS, StepCount
 from headrace.pipeline.plan import unify
 from headrace.pipeline.work import Spill, Stage, Work, counted, spill, spilled, spilled_schemas
 from headrace.rows import to_json
@@ -163,11 +163,8 @@ def staged_schema(work: Work, stage: int, tasks: int) -> pa.Schema:
         for schema in spilled_schemas(work.path("rows", stage, task, "")):
             found.setdefault(schema.to_string(), schema)
     one = unify(list(found.values()), "the rows")
-    system = [f for f in one if f.name.startswith("_") and f.name in _SYSTEM]
-    return pa.schema([*(f for f in one if f.name not in _SYSTEM), *system])
-
-
-_SYSTEM = ("_id", "_source", "_ingested_at", "_raw", "_split", "_sources")
+    system = [f for f in one if f.name in SYSTEM_COLUMNS]
+    return pa.schema([*(f for f in one if f.name not in SYSTEM_COLUMNS), *system])
 
 
 def fit(work: Work, stage: int, of: Stage, tasks: int) -> None:
