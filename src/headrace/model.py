@@ -92,6 +92,32 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Policy:
+    """What is hidden of the datasets whose names match ``dataset``, from ``subject``.
+
+    ``subject`` is principal:NAME, role:NAME, group:NAME, or * for all but admins. ``row_filter`` is a SQL condition:
+    rows for which it is not true are hidden. ``masks`` give a mask for a column or for ``tag:PATTERN``.
+    """
+
+    id: str
+    dataset: str
+    subject: str
+    row_filter: str | None = None
+    masks: Mapping[str, str] = field(default_factory=dict)
+    created_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnTag:
+    """A tag of a column, such as ``pii.email``; of a proposal also how many of the values looked at bear it out."""
+
+    column: str
+    tag: str
+    values: int | None = None
+    found: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RowError:
     """Why one record of an upload was rejected; ``index`` counts from 0 within the upload."""
 
