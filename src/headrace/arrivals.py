@@ -210,9 +210,25 @@ def _pieces(entries: Sequence[Arrival], bodies: Bodies) -> Iterator[_Piece]:
     yield from _json_pieces(run, bodies)
 
 
+# "0000" to "9999": a number's digits are looked up by fours, which takes a tenth of the time of a cast and a pad.
+_FOURS = np.frombuffer(b"".join(b"%04d" % n for n in range(10_000)), "S4")
+
+
+def _digits(numbers: pa.Array) -> pa.Array:
+    """Numbers from 0 on as texts of eight digits; of more, should one need them."""
+    values = numbers.to_numpy()
+    if len(values) and values.max() >= 10**8:
+        return pc.utf8_lpad(numbers.cast(pa.string()), 8, "0")
+    texts = np.empty((len(values), 2), "S4")
+    np.take(_FOURS, values // 10_000, out=texts[:, 0])
+    np.take(_FOURS, values % 10_000, out=texts[:, 1])
+    offsets = np.arange(0, 8 * len(values) + 8, 8, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(offsets), pa.py_buffer(texts))
+
+
 def _ids(origin: pa.RecordBatch, batch: pa.RecordBatch) -> pa.Array:
     """``_id`` of each record: the value of the caller's key column as text, else receipt and index."""
-    index = pc.utf8_lpad(origin.column("index").cast(pa.string()), 8, "0")
+    index = _digits(origin.column("index"))
     made = pc.binary_join_element_wise(origin.column("receipt"), index, "-")
     for key in pc.unique(origin.column("key").drop_null()).to_pylist():
         if key in batch.schema.names and not pa.types.is_nested(batch.schema.field(key).type):

@@ -193,20 +193,23 @@ class Intake:
         if self._format not in ("json", "ndjson"):
             self._kept.write(piece)
             return
-        self._open.append(piece)
-        self._open_bytes += len(piece)
         enough = LINES_BYTES if self._rows or self._checking else _FIRST_BYTES
-        if self._format == "ndjson" and self._open_bytes >= enough and b"\n" in piece:
-            text = b"".join(self._open)
-            cut = text.rindex(b"\n") + 1
-            self._open = [text[cut:]]
-            self._open_bytes = len(text) - cut
+        cut = 0
+        if self._format == "ndjson" and self._open_bytes + len(piece) >= enough:
+            cut = piece.rfind(b"\n") + 1
+        if not cut:
+            self._open.append(piece)
+            self._open_bytes += len(piece)
+        else:
+            lines = b"".join([*self._open, piece[:cut]])
+            self._open = [piece[cut:]]
+            self._open_bytes = len(piece) - cut
             if self._columns is None and self._schema is not None:
                 self._columns = _Columns(self._schema())
                 # A short first chunk, and waited for: under its columns those that follow are projected side by side.
-                self._check(text[:cut], 0)
+                self._check(lines, 0)
             else:
-                self._check(text[:cut])
+                self._check(lines)
         if self._open_bytes > self._record_max + LINES_BYTES:
             raise TooLarge(
                 f"a record, or a JSON body, is at most {self._record_max} bytes", hint="send application/x-ndjson"
