@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -156,6 +156,10 @@ class Catalog:
     def _read(self) -> Iterator[sa.Connection]:
         with self._engine.connect() as connection:
             yield connection
+
+    def transaction(self, *, writes: bool) -> AbstractContextManager[sa.Connection]:
+        """One transaction, for the tables that other modules keep in this database."""
+        return self._write() if writes else self._read()
 
     # Datasets, versions, tags
 
@@ -373,6 +377,10 @@ class Catalog:
         if r is None:
             raise NotFound("there is no such file", hint="ask for the manifest again")
         return r.dataset, FileEntry(r.id, r.rows, r.bytes, r.sha256, r.start, r.path, r.split)
+
+    def path(self, table: Path, entry: FileEntry) -> Path:
+        """Where the bytes of a file lie, below the folder of its dataset's table."""
+        return table / entry.path
 
     # Inbox marks
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
-import secrets
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,20 +15,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace import reading
-from headrace.catalog import Catalog
-from headrace.errors import BadRequest, Damaged, Forbidden, NotFound
+from headrace.errors import BadRequest, Forbidden, NotFound
 from headrace.model import FileEntry, Manifest, Ref, TracedRow, Version
 from headrace.order import Order, Shuffle
+from headrace.reading import Contents
 from headrace.root import Root
 from headrace.settings import integer
 from headrace.store.parquet import read_batches
 from headrace.store.types import decode_schema, describe, encode_schema, to_stored
 
 TRACED_MAX = 100_000
-_KEY_BYTES = 32
 
 
-def manifest(catalog: Catalog, ref: Ref, columns: Sequence[str] | None, page_token: str | None) -> Manifest:
+def manifest(catalog: Contents, ref: Ref, columns: Sequence[str] | None, page_token: str | None) -> Manifest:
     """One page of the files behind a ref; positions count from the first row of the ref's split."""
     version = catalog.resolve(ref)
     whole = decode_schema(catalog.details(version.dataset, version.version)[0])
@@ -73,7 +68,7 @@ def _fingerprint(version: Version, split: str | None) -> str:
     return hashlib.sha256(f"{version.fingerprint}:{split}".encode()).hexdigest()
 
 
-def _split_start(catalog: Catalog, version: Version, split: str | None) -> int:
+def _split_start(catalog: Contents, version: Version, split: str | None) -> int:
     if split is None:
         return 0
     first = catalog.files(version.dataset, version.version, split, limit=1)
@@ -84,7 +79,7 @@ class Signer:
     """Signs file ids for a principal and a time with the key of the root, which is made on first use."""
 
     def __init__(self, root: Root) -> None:
-        self._key = _key(root.keys / "urls")
+        self._key = root.secret("urls")
 
     def sign(self, file_id: str, principal: str) -> tuple[int, str]:
         """When the signature ends (seconds since 1970), and the signature."""
@@ -105,27 +100,9 @@ class Signer:
         return hmac.new(self._key, text, hashlib.sha256).hexdigest()
 
 
-def _key(path: Path) -> bytes:
-    """The key at ``path``, made whole or not at all: with an empty one anybody could sign. Raises Damaged."""
-    if not path.exists():
-        fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-        with os.fdopen(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(_KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        # A link, unlike a rename, leaves the key of a process that was faster.
-        with suppress(FileExistsError):
-            os.link(fresh, path)
-        fresh.unlink()
-    key = path.read_bytes()
-    if len(key) != _KEY_BYTES:
-        raise Damaged(f"{path} is not a signing key", hint="remove it: the next start makes a new one")
-    return key
-
-
 def trace(
     root: Root,
-    catalog: Catalog,
+    catalog: Contents,
     ref: Ref,
     *,
     step: int | None,
@@ -188,11 +165,11 @@ def _columns(version: Version) -> list[str]:
     return [name for name in ("_id", "_source", "_sources") if name in held]
 
 
-def _stored(catalog: Catalog, version: Version) -> pa.Schema:
+def _stored(catalog: Contents, version: Version) -> pa.Schema:
     return to_stored(decode_schema(catalog.details(version.dataset, version.version)[0]))
 
 
-def _rows(root: Root, catalog: Catalog, version: Version, split: str | None, wanted: Any) -> dict[int, TracedRow]:
+def _rows(root: Root, catalog: Contents, version: Version, split: str | None, wanted: Any) -> dict[int, TracedRow]:
     """The rows at some positions, reading only the row groups that hold them."""
     files = catalog.files(version.dataset, version.version, split)
     starts = [0, *accumulate(entry.rows for entry in files)]
@@ -204,7 +181,7 @@ def _rows(root: Root, catalog: Catalog, version: Version, split: str | None, wan
         number = int(np.searchsorted(starts, places[0], "right")) - 1
         mine, places = np.split(places, [int(np.searchsorted(places, starts[number + 1]))])
         at, count = int(mine[0]), int(mine[-1] - mine[0]) + 1
-        path = reading.paths_of(root, version.dataset, [files[number]])
+        path = reading.located(root, catalog, version.dataset, [files[number]])
         for batch in read_batches(path, schema, columns, None, at - starts[number], count):
             here = mine[(mine >= at) & (mine < at + batch.num_rows)]
             rows = batch.take(pa.array(here - at)).to_pylist()
@@ -214,14 +191,14 @@ def _rows(root: Root, catalog: Catalog, version: Version, split: str | None, wan
 
 
 def _search(
-    root: Root, catalog: Catalog, version: Version, split: str | None, row: str | None, source: str | None
+    root: Root, catalog: Contents, version: Version, split: str | None, row: str | None, source: str | None
 ) -> dict[int, TracedRow]:
     files: Sequence[FileEntry] = catalog.files(version.dataset, version.version, split)
     schema, columns = _stored(catalog, version), _columns(version)
     ids = _documents(root, version, row, source)
     found: dict[int, TracedRow] = {}
     start = 0
-    for batch in read_batches(reading.paths_of(root, version.dataset, files), schema, columns):
+    for batch in read_batches(reading.located(root, catalog, version.dataset, files), schema, columns):
         for index in np.flatnonzero(_matches(batch, ids, source)).tolist():
             found[start + index] = _traced(start + index, batch.slice(index, 1).to_pylist()[0])
             if len(found) > TRACED_MAX:

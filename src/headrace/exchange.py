@@ -15,13 +15,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pyarrow as pa
 
-from headrace import arrivals, deliver, govern, quarantine, reading, recipe
+from headrace import arrivals, compare, deliver, govern, quarantine, reading, recipe
 from headrace.catalog import Catalog, now
-from headrace.clean.keys import row_keys
-from headrace.errors import BadRequest, Busy, HeadraceError, NotFound, Unauthenticated, from_dict
+from headrace.errors import BadRequest, Busy, Forbidden, NotFound, Unauthenticated, from_dict
 from headrace.inbox import InboxReader, Snapshot
 from headrace.model import (
     SYSTEM_COLUMNS,
@@ -40,17 +38,18 @@ from headrace.model import (
     check_tag,
 )
 from headrace.order import Shuffle
+from headrace.policy import Compiled
 from headrace.predicate import compile_where
 from headrace.root import Root
 from headrace.rows import SYSTEM, records
 from headrace.settings import integer
-from headrace.store.types import narrow
+from headrace.stewards import Stewards
+from headrace.views import Seen, Views, is_view, veiled_run
 
 OPEN_DATASET = "default"
 PREVIEW_SECONDS = 600.0
 PREVIEWS_MOST = 4
 """Previews that wait for a worker at once: each holds a thread that others would answer from."""
-_SAMPLE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class GetData:
     chunks: Iterator[bytes]
 
 
-class Exchange:
+class Exchange(Stewards):
     """One exchange. Needs no worker to answer; flushing and running recipes is the worker's."""
 
     def __init__(self, root: Root) -> None:
@@ -80,6 +79,7 @@ class Exchange:
         self.catalog = Catalog(root.catalog)
         self.reader = InboxReader(root.path)
         self._signer = deliver.Signer(root)
+        self._views = Views(root, self.catalog)
         self._previews = threading.BoundedSemaphore(PREVIEWS_MOST)
         self._known: set[str] = set(self.catalog.dataset_names())
 
@@ -87,6 +87,10 @@ class Exchange:
         """Let files and connections go."""
         self.reader.close()
         self.catalog.close()
+
+    def _seen(self, principal: Principal, dataset: str) -> reading.Contents:
+        """What policies let ``principal`` see of ``dataset``. Every way out asks this, never the catalog itself."""
+        return self._views.seen(principal, dataset)
 
     # Who calls
 
@@ -171,7 +175,10 @@ class Exchange:
         found = self.reader.receipt(receipt_id)
         if found is None or not govern.may(principal, govern.READ, found.dataset):
             raise NotFound(f"there is no receipt {receipt_id[:64]!r}", hint="receipts are kept for some days only")
-        made = Receipt(found.receipt, found.dataset, found.rows, found.rejected, 0, found.errors)
+        hidden = self._views.restricts(principal, found.dataset)
+        if hidden and not govern.may(principal, govern.WRITE, found.dataset):
+            raise NotFound(f"there is no receipt {receipt_id[:64]!r}", hint="receipts are kept for some days only")
+        made = Receipt(found.receipt, found.dataset, found.rows, found.rejected, 0, () if hidden else found.errors)
         if found.seq > self.catalog.mark(found.dataset):
             return made
         versions = self.catalog.versions(found.dataset, 1000)
@@ -187,7 +194,12 @@ class Exchange:
         """The datasets that the principal may read."""
         waiting = {p.dataset: p.rows for p in self._pending()}
         names = [n for n in self.catalog.dataset_names() if govern.may(principal, govern.READ, n)]
-        return [replace(self.catalog.dataset(name), pending=waiting.get(name, 0)) for name in names]
+        return [self._described(principal, name, waiting.get(name, 0)) for name in names]
+
+    def _described(self, principal: Principal, name: str, pending: int) -> Dataset:
+        seen = self._seen(principal, name)
+        # How much waits is known of all rows only, not of the visible ones.
+        return replace(seen.dataset(name), pending=0 if isinstance(seen, Seen) else pending)
 
     def _pending(self) -> list[Any]:
         marks = self.catalog.marks()
@@ -197,68 +209,49 @@ class Exchange:
         """One dataset."""
         govern.allow(principal, govern.READ, check_name(name))
         pending = sum(p.rows for p in self._pending() if p.dataset == name)
-        return replace(self.catalog.dataset(name), pending=pending)
+        return self._described(principal, name, pending)
 
     def versions(
         self, principal: Principal, name: str, limit: int, page_token: str | None
     ) -> tuple[list[Version], str | None]:
         """A page of versions, newest first."""
-        self.dataset(principal, name)
+        govern.allow(principal, govern.READ, check_name(name))
+        self.catalog.dataset(name)
         limit = _page_size(limit)
-        found = self.catalog.versions(name, limit, _number(page_token))
+        found = self._seen(principal, name).versions(name, limit, _number(page_token))
         return found, str(found[-1].version) if len(found) == limit and found[-1].version > 0 else None
 
     def version(self, principal: Principal, ref: Ref) -> Version:
         """One version."""
         govern.allow(principal, govern.READ, ref.dataset)
-        return self.catalog.resolve(ref)
+        return self._seen(principal, ref.dataset).resolve(ref)
 
     def tag(self, principal: Principal, ref: Ref, name: str) -> Version:
         """Point a tag at a version."""
         govern.allow(principal, govern.WRITE, ref.dataset)
         version = self.catalog.resolve(replace(ref, split=None))
         self.catalog.tag(ref.dataset, check_tag(name), version.version)
-        return self.catalog.resolve(Ref(ref.dataset, str(version.version)))
+        return self._seen(principal, ref.dataset).resolve(Ref(ref.dataset, str(version.version)))
 
     def quarantine(
         self, principal: Principal, name: str, rule: str | None, limit: int, page_token: str | None
     ) -> tuple[list[Quarantined], str | None]:
         """A page of the dropped, refused and merged records, oldest first."""
-        self.dataset(principal, name)
-        skip = _number(page_token) or 0
-        found, more = quarantine.read(self._place, self.catalog, name, rule, _page_size(limit), skip)
+        govern.allow(principal, govern.READ, check_name(name))
+        self.catalog.dataset(name)
+        skip, seen = _number(page_token) or 0, self._seen(principal, name)
+        if isinstance(seen, Seen):
+            found, more = seen.quarantine(name, rule, _page_size(limit), skip)
+        else:
+            found, more = quarantine.read(self._place, self.catalog, name, rule, _page_size(limit), skip)
         return found, None if more is None else str(more)
 
     def diff(self, principal: Principal, base: Ref, other: Ref) -> Diff:
         """Records added, removed and changed from ``base`` to ``other``, matched by ``_id``."""
         govern.allow(principal, govern.READ, base.dataset)
         govern.allow(principal, govern.READ, other.dataset)
-        one, two = self.catalog.resolve(base), self.catalog.resolve(other)
-        most = integer("diff_rows_max")
-        if max(one.rows, two.rows) > most:
-            raise BadRequest(f"a diff of more than {most} rows is not made here", hint="compare the Parquet files")
-        shared = [c["name"] for c in one.schema if any(c["name"] == d["name"] for d in two.schema)]
-        old, new = self._digests(base, shared), self._digests(other, shared)
-        added, removed = sorted(new.keys() - old.keys()), sorted(old.keys() - new.keys())
-        both = old.keys() & new.keys()
-        changed = sorted(key for key in both if old[key] != new[key])
-        names = [{c["name"] for c in v.schema} - set(SYSTEM_COLUMNS) for v in (one, two)]
-        return Diff(
-            one.ref, two.ref, len(added), len(removed), len(changed), len(both) - len(changed),
-            tuple(sorted(names[1] - names[0])), tuple(sorted(names[0] - names[1])),
-            tuple(added[:_SAMPLE]), tuple(removed[:_SAMPLE]), tuple(changed[:_SAMPLE]),
-        )  # fmt: skip
-
-    def _digests(self, ref: Ref, columns: Sequence[str]) -> dict[str, bytes]:
-        """``_id`` → digest of the row's shared user columns."""
-        user = [name for name in columns if name not in SYSTEM_COLUMNS]
-        found: dict[str, bytes] = {}
-        for batch in reading.scan(self._place, self.catalog, ref, ["_id", *user]):
-            none = np.zeros(batch.num_rows, bool)
-            keys = row_keys([batch.column(name) for name in user], none, collapse=False) if user else None
-            digests = keys.to_pylist() if keys is not None else [b""] * batch.num_rows
-            found.update(zip(batch.column("_id").to_pylist(), digests, strict=True))
-        return found
+        old, new = self._seen(principal, base.dataset), self._seen(principal, other.dataset)
+        return compare.diff(self._place, old, base, new, other)
 
     # Data out
 
@@ -275,16 +268,17 @@ class Exchange:
         self.catalog.dataset(ref.dataset)
         live = ref.at == "latest" and ref.split is None
         if not live:
-            return self._rows(ref, self.catalog.resolve(ref), None, columns, where, limit)
+            return self._rows(principal, ref, self.catalog.resolve(ref), None, columns, where, limit)
         # The inbox first: what is flushed between the two reads is then dropped by its seq, never missed.
         snapshot = self._snapshot(ref.dataset)
-        return self._rows(ref, self.catalog.latest(ref.dataset), snapshot, columns, where, limit)
+        return self._rows(principal, ref, self.catalog.latest(ref.dataset), snapshot, columns, where, limit)
 
     def _snapshot(self, dataset: str) -> Any:
         return self.reader.snapshot(dataset, self.catalog.mark(dataset))
 
     def _rows(
         self,
+        principal: Principal,
         ref: Ref,
         version: Version | None,
         held: Any,
@@ -303,29 +297,42 @@ class Exchange:
             schema = pa.schema([*user, *(f for f in stored or SYSTEM if f.name in SYSTEM_COLUMNS)])
         if schema is None:
             schema = pa.schema([*SYSTEM])
-        chosen = list(columns) if columns is not None else [n for n in schema.names if n not in SYSTEM_COLUMNS]
-        rows = self._chosen(self._all(ref, version, opened, tail, schema), schema, chosen, where, limit)
+        policy = self._views.compile(principal, ref.dataset, schema)
+        visible = schema if policy is None else policy.schema
+        chosen = list(columns) if columns is not None else [n for n in visible.names if n not in SYSTEM_COLUMNS]
+        seen = self._seen(principal, ref.dataset)
+        rows = self._chosen(self._all(ref, seen, version, opened, tail, schema, policy), visible, chosen, where, limit)
         batches = reading.Stream(rows, lambda: held.__exit__(None, None, None) if held is not None else None)
+        policy_key = policy.key if policy is not None else ""
         etag = hashlib.sha256(
             json.dumps(
-                [str(ref), version.ref if version else None, chosen, where, limit, [e.seq for e in tail]]
+                [str(ref), version.ref if version else None, chosen, where, limit, [e.seq for e in tail], policy_key]
             ).encode()
         ).hexdigest()[:32]
-        out = pa.schema([schema.field(name) for name in chosen])
+        out = pa.schema([visible.field(name) for name in chosen])
         return Reading(out, batches, version.version if version else None, f'"{etag}"')
 
     def _all(
-        self, ref: Ref, version: Version | None, opened: Snapshot | None, tail: Sequence[Any], schema: pa.Schema
+        self,
+        ref: Ref,
+        seen: reading.Contents,
+        version: Version | None,
+        opened: Snapshot | None,
+        tail: Sequence[Any],
+        schema: pa.Schema,
+        policy: Compiled | None,
     ) -> Iterator[pa.RecordBatch]:
+        visible = schema if policy is None else policy.schema
         if version is not None:
             pinned = Ref(ref.dataset, str(version.version), ref.split)
-            for batch in reading.scan(self._place, self.catalog, pinned):
-                yield _true(batch, schema)
+            for batch in reading.scan(self._place, seen, pinned):
+                yield reading.true(batch, visible)
         if tail and opened is not None:
             stored = reading.schema_of(self.catalog, version)
             for part in arrivals.projected(tail, opened.open, arrivals.user_schema(stored)):
                 if part.batch.num_rows:
-                    yield reading.conform(part.batch, schema)
+                    batch = reading.conform(part.batch, schema)
+                    yield batch if policy is None else policy.apply(batch)
 
     def _chosen(
         self,
@@ -339,7 +346,7 @@ class Exchange:
             if name not in schema.names:
                 raise BadRequest(f"there is no column {name!r}", hint=f"columns: {', '.join(schema.names)}")
         chosen = compile_where(where, schema) if where is not None else None
-        return _limited(batches, columns, chosen, limit)
+        return reading.limited(batches, columns, chosen, limit)
 
     def get_data(self, principal: Principal, limit: int | None = None, offset: int = 0) -> GetData:
         """The records of ``default`` as they were uploaded, in order of arrival, as one JSON array."""
@@ -348,35 +355,45 @@ class Exchange:
         opened = held.__enter__()
         version = self.catalog.latest(OPEN_DATASET) if OPEN_DATASET in self.catalog.dataset_names() else None
         tail = _beyond(opened, version)
-        what = json.dumps([version.ref if version else None, limit, offset, [e.seq for e in tail]])
+        seen = self._seen(principal, OPEN_DATASET)
+        shown = f"{self._views.book.epoch()}:{principal.name}" if isinstance(seen, Seen) else ""
+        what = json.dumps([version.ref if version else None, limit, offset, [e.seq for e in tail], shown])
         etag = f'"{hashlib.sha256(what.encode()).hexdigest()[:32]}"'
-        texts = self._texts(version, opened, tail, offset)
-        return GetData(etag, reading.Stream(_array(texts, limit), lambda: held.__exit__(None, None, None)))
+        texts = self._texts(principal, seen, version, opened, tail, offset)
+        return GetData(etag, reading.Stream(reading.json_array(texts, limit), lambda: held.__exit__(None, None, None)))
 
     def _texts(
-        self, version: Version | None, opened: Snapshot, tail: Sequence[Any], offset: int
+        self,
+        principal: Principal,
+        seen: reading.Contents,
+        version: Version | None,
+        opened: Snapshot,
+        tail: Sequence[Any],
+        offset: int,
     ) -> Iterator[list[bytes]]:
         skip = offset
         if version is not None:
-            yield from self._committed_texts(version, skip)
-            skip = max(0, skip - version.rows)
+            shown = seen.resolve(Ref(version.dataset, str(version.version)))
+            yield from self._committed_texts(seen, shown, skip)
+            skip = max(0, skip - shown.rows)
         user = arrivals.user_schema(reading.schema_of(self.catalog, version))
         for part in arrivals.projected(tail, opened.open, user) if tail else ():
-            texts = records(part.batch)
+            policy = self._views.compile(principal, OPEN_DATASET, part.batch.schema) if isinstance(seen, Seen) else None
+            texts = records(part.batch if policy is None else policy.apply(part.batch))
             yield texts[skip:]
             skip = max(0, skip - len(texts))
 
-    def _committed_texts(self, version: Version, skip: int) -> Iterator[list[bytes]]:
+    def _committed_texts(self, seen: reading.Contents, version: Version, skip: int) -> Iterator[list[bytes]]:
         pinned = Ref(version.dataset, str(version.version))
         if "_raw" not in [column["name"] for column in version.schema]:
-            yield from map(records, reading.scan(self._place, self.catalog, pinned, skip=skip))
+            yield from map(records, reading.scan(self._place, seen, pinned, skip=skip))
             return
-        for batch in reading.scan(self._place, self.catalog, pinned, ["_raw"], skip):
+        for batch in reading.scan(self._place, seen, pinned, ["_raw"], skip):
             if batch.column("_raw").null_count == 0:
                 yield records(batch)
             else:
                 # Some of these rows came as CSV, Arrow or Parquet: their text is made from their columns.
-                rows = reading.scan(self._place, self.catalog, pinned, skip=skip, limit=batch.num_rows)
+                rows = reading.scan(self._place, seen, pinned, skip=skip, limit=batch.num_rows)
                 yield from map(records, rows)
             skip += batch.num_rows
 
@@ -387,7 +404,7 @@ class Exchange:
     ) -> Manifest:
         """One page of the files behind a ref."""
         govern.allow(principal, govern.READ, ref.dataset)
-        return deliver.manifest(self.catalog, ref, columns, page_token)
+        return deliver.manifest(self._seen(principal, ref.dataset), ref, columns, page_token)
 
     def sign(self, principal: Principal, ids: Sequence[str]) -> dict[str, tuple[int, str]]:
         """For each file id: when its URL ends, and its signature."""
@@ -395,29 +412,45 @@ class Exchange:
             raise BadRequest(f"{len(ids)} ids are too many", hint=f"ask for {integer('page_items')} at a time")
         signed: dict[str, tuple[int, str]] = {}
         for file_id in ids:
-            dataset, _ = self.catalog.file(file_id)
-            if not govern.may(principal, govern.READ, dataset):
-                # As of a file that is not there: the id of another's file tells neither that it is one nor of what.
-                raise NotFound("there is no such file", hint="ask for the manifest again")
-            signed[file_id] = self._signer.sign(file_id, principal.name)
+            self._assert_visible(principal, file_id)
+            signed[file_id] = self._signer.sign(self._bound(file_id), principal.name)
         return signed
+
+    def _assert_visible(self, principal: Principal, file_id: str) -> None:
+        """NotFound for a file of which ``principal`` sees nothing, or not in this form."""
+        viewed = is_view(file_id)
+        dataset = self._views.dataset_of(principal, file_id) if viewed else self.catalog.file(file_id)[0]
+        if not govern.may(principal, govern.READ, dataset) or (
+            not viewed and self._views.restricts(principal, dataset)
+        ):
+            # As of a file that is not there: the id of another's file tells neither that it is one nor of what.
+            raise NotFound("there is no such file", hint="ask for the manifest again")
+
+    def _bound(self, file_id: str) -> str:
+        """What a signature is for: a change of any policy ends all that were given before."""
+        return f"{self._views.book.epoch()}:{file_id}"
+
+    def _path(self, file_id: str) -> Path:
+        if is_view(file_id):
+            return self._views.path(file_id)
+        dataset, entry = self.catalog.file(file_id)
+        return self._place.table(dataset) / entry.path
 
     def file_path(self, file_id: str, expires: int, by: str, signature: str) -> Path:
         """Where the bytes of a signed file id lie; Forbidden unless the signature holds."""
-        self._signer.check(file_id, expires, by, signature)
-        dataset, entry = self.catalog.file(file_id)
-        return self._place.table(dataset) / entry.path
+        self._signer.check(self._bound(file_id), expires, by, signature)
+        return self._path(file_id)
 
     def local_path(self, principal: Principal, file_id: str) -> Path:
         """Where the bytes of a file lie, for a feed in this process."""
-        dataset, entry = self.catalog.file(file_id)
-        govern.allow(principal, govern.READ, dataset)
-        return self._place.table(dataset) / entry.path
+        self._assert_visible(principal, file_id)
+        return self._path(file_id)
 
     def tokenizer(self, principal: Principal, ref: Ref) -> bytes:
         """The tokenizer.json that made the tokens of a version; NotFound if it has none."""
         govern.allow(principal, govern.READ, ref.dataset)
-        version = self.catalog.resolve(ref)
+        # A tokenizer learns words from the rows, hidden ones too: behind a policy a version names none.
+        version = self._seen(principal, ref.dataset).resolve(ref)
         for step in version.fitted.values():
             path = self._place.tokenizers / f"{step.get('tokenizer', '')}.json"
             if "sha256" in step and path.is_file():
@@ -443,8 +476,8 @@ class Exchange:
         if str(shuffle).lower() not in kinds:
             raise BadRequest(f"{shuffle!r} is not an order", hint="window, global or false")
         return deliver.trace(
-            self._place, self.catalog, ref, step=step, row=row, source=source, seed=seed, epoch=epoch,
-            batch_size=batch_size, world_size=world_size, shuffle=kinds[str(shuffle).lower()],
+            self._place, self._seen(principal, ref.dataset), ref, step=step, row=row, source=source,
+            seed=seed, epoch=epoch, batch_size=batch_size, world_size=world_size, shuffle=kinds[str(shuffle).lower()],
         )  # fmt: skip
 
     # Recipes and runs
@@ -463,6 +496,11 @@ class Exchange:
             if entry.ref is not None:
                 govern.allow(principal, govern.READ, entry.ref.dataset)
                 self._must_exist(entry.ref)
+                if self._views.restricts(principal, entry.ref.dataset):
+                    raise Forbidden(
+                        f"a policy hides part of {entry.ref.dataset!r} from {principal.name!r}",
+                        hint="a recipe reads all of it: ask someone who may to run it",
+                    )
             else:
                 # Files are read with the exchange's own rights, so only those who manage it may name them.
                 govern.allow(principal, govern.MANAGE)
@@ -484,13 +522,15 @@ class Exchange:
     def runs(self, principal: Principal) -> list[Run]:
         """Runs on datasets that the principal may read, newest first."""
         found = self.catalog.runs(integer("page_items"))
-        return [r for r in found if not r.preview_rows and govern.may(principal, govern.READ, r.dataset)]
+        shown = [r for r in found if not r.preview_rows and govern.may(principal, govern.READ, r.dataset)]
+        hidden = {name for name in {r.dataset for r in shown} if self._views.restricts(principal, name)}
+        return [veiled_run(r) if r.dataset in hidden else r for r in shown]
 
     def run_status(self, principal: Principal, run_id: str) -> Run:
         """One run."""
         run, _, _ = self.catalog.run(run_id)
         govern.allow(principal, govern.READ, run.dataset)
-        return run
+        return veiled_run(run) if self._views.restricts(principal, run.dataset) else run
 
     def preview(self, principal: Principal, text: str, base: str, rows: int) -> dict[str, Any]:
         """The effect of a recipe on its first records, as a worker finds it. Commits nothing."""
@@ -546,43 +586,3 @@ def _beyond(opened: Snapshot | None, version: Version | None) -> list[Any]:
     """The uploads of a snapshot that ``version`` does not hold."""
     mark = version.inbox_seq if version is not None else 0
     return [entry for entry in opened.entries if entry.seq > mark] if opened is not None else []
-
-
-def _true(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """A stored batch in the true types of ``schema``, which may have grown since."""
-    held = pa.schema([schema.field(n) for n in schema.names if n in batch.schema.names])
-    try:
-        return reading.conform(narrow(batch, held), schema)
-    except (HeadraceError, pa.ArrowException):
-        return reading.conform(batch, schema)
-
-
-def _limited(
-    batches: Iterator[pa.RecordBatch], columns: Sequence[str], where: Any, limit: int | None
-) -> Iterator[pa.RecordBatch]:
-    left = limit
-    for batch in batches:
-        kept = batch if where is None else where.apply(batch)
-        if left is not None:
-            kept = kept.slice(0, left)
-            left -= kept.num_rows
-        if kept.num_rows:
-            yield kept.select(list(columns))
-        if left == 0:
-            return
-
-
-def _array(parts: Iterator[list[bytes]], limit: int | None) -> Iterator[bytes]:
-    """One JSON array from lists of JSON texts, at most ``limit`` of them."""
-    yield b"["
-    first, left = True, limit
-    for part in parts:
-        texts = part if left is None else part[:left]
-        if texts:
-            yield (b"" if first else b",") + b",".join(texts)
-            first = False
-        if left is not None:
-            left -= len(texts)
-            if left <= 0:
-                break
-    yield b"]"

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 
-from headrace.catalog import Catalog
-from headrace.model import FileEntry, Ref, Version
+from headrace.errors import HeadraceError
+from headrace.model import Dataset, FileEntry, Ref, Version
 from headrace.root import Root
 from headrace.settings import integer
 from headrace.store.parquet import read_batches
-from headrace.store.types import decode_schema, to_stored
+from headrace.store.types import decode_schema, narrow, to_stored
 
 
-def schema_of(catalog: Catalog, version: Version | None) -> pa.Schema | None:
+class Contents(Protocol):
+    """What can be asked about versions and their files: of the catalog, or of what a principal may see of it."""
+
+    def dataset(self, name: str) -> Dataset:
+        """One dataset."""
+
+    def latest(self, name: str) -> Version | None:
+        """The newest version of a dataset, or None."""
+
+    def versions(self, name: str, limit: int, before: int | None = None) -> list[Version]:
+        """Versions newest first."""
+
+    def resolve(self, ref: Ref) -> Version:
+        """The version that a ref means."""
+
+    def details(self, dataset: str, version: int) -> tuple[str, str]:
+        """The encoded true schema of a version, and the state of its fingerprint."""
+
+    def files(
+        self, dataset: str, version: int, split: str | None = None, after: int = -1, limit: int | None = None
+    ) -> list[FileEntry]:
+        """The files of a version in row order."""
+
+    def path(self, table: Path, entry: FileEntry) -> Path:
+        """Where the bytes of a file lie."""
+
+
+def schema_of(catalog: Contents, version: Version | None) -> pa.Schema | None:
     """The true Arrow schema of a version, system columns included."""
     return None if version is None else decode_schema(catalog.details(version.dataset, version.version)[0])
 
@@ -26,9 +54,14 @@ def paths_of(root: Root, dataset: str, files: Iterable[FileEntry]) -> list[Path]
     return [root.table(dataset) / entry.path for entry in files]
 
 
+def located(root: Root, catalog: Contents, dataset: str, files: Iterable[FileEntry]) -> Iterator[Path]:
+    """Where the files of a version lie, each asked for when its turn comes: a view may have to be made first."""
+    return (catalog.path(root.table(dataset), entry) for entry in files)
+
+
 def scan(
     root: Root,
-    catalog: Catalog,
+    catalog: Contents,
     ref: Ref,
     columns: Sequence[str] | None = None,
     skip: int = 0,
@@ -40,7 +73,7 @@ def scan(
     assert schema is not None
     files = catalog.files(ref.dataset, version.version, ref.split)
     yield from read_batches(
-        paths_of(root, ref.dataset, files), to_stored(schema), columns, integer("batch_rows"), skip, limit
+        located(root, catalog, ref.dataset, files), to_stored(schema), columns, integer("batch_rows"), skip, limit
     )
 
 
@@ -52,6 +85,21 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         column = pa.nulls(batch.num_rows, wanted.type) if at < 0 else batch.column(at)
         columns.append(column if column.type == wanted.type else _widen(column, wanted.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def true(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """A stored batch in the true types of ``schema``, which may have grown since."""
+    held = pa.schema([schema.field(n) for n in schema.names if n in batch.schema.names])
+    try:
+        return conform(narrow(batch, held), schema)
+    except (HeadraceError, pa.ArrowException):
+        return conform(batch, schema)
+
+
+def block_rows(width: float) -> int:
+    """Rows of one shuffle block, each ``width`` bytes: a power of two over about ``block_bytes``, 256 to 65,536."""
+    rows = integer("block_bytes") / max(1.0, width)
+    return 1 << min(16, max(8, round(math.log2(max(1.0, rows)))))
 
 
 def _widen(column: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -67,6 +115,38 @@ def _widen(column: pa.Array, kind: pa.DataType) -> pa.Array:
         mask = column.is_null() if column.null_count else None
         return pa.ListArray.from_arrays(column.offsets, values, type=kind, mask=mask)
     return column if column.type == kind else column.cast(kind, safe=pa.types.is_nested(kind))
+
+
+def limited(
+    batches: Iterator[pa.RecordBatch], columns: Sequence[str], where: Any, limit: int | None
+) -> Iterator[pa.RecordBatch]:
+    """``columns`` of the first ``limit`` rows for which a compiled ``where`` is true."""
+    left = limit
+    for batch in batches:
+        kept = batch if where is None else where.apply(batch)
+        if left is not None:
+            kept = kept.slice(0, left)
+            left -= kept.num_rows
+        if kept.num_rows:
+            yield kept.select(list(columns))
+        if left == 0:
+            return
+
+
+def json_array(parts: Iterator[list[bytes]], limit: int | None) -> Iterator[bytes]:
+    """One JSON array from lists of JSON texts, at most ``limit`` of them."""
+    yield b"["
+    first, left = True, limit
+    for part in parts:
+        texts = part if left is None else part[:left]
+        if texts:
+            yield (b"" if first else b",") + b",".join(texts)
+            first = False
+        if left is not None:
+            left -= len(texts)
+            if left <= 0:
+                break
+    yield b"]"
 
 
 def origins_path(root: Root, dataset: str, run: str) -> Path:

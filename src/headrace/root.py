@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.errors import BadRequest
+from headrace.errors import BadRequest, Damaged
+
+_KEY_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,14 @@ class Root:
         """The root at ``path``, its folders made with access for this user alone; BadRequest if that cannot be."""
         root = cls(Path(path).expanduser().absolute())
         try:
-            for folder in (root.path, root.path / "tables", root.path / "quarantine", root.staging, root.keys):
+            for folder in (
+                root.path,
+                root.path / "tables",
+                root.path / "quarantine",
+                root.staging,
+                root.keys,
+                root.views,
+            ):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for file in (root.catalog, root.runs):
                 # The root may be a folder that others can look into: what SQLite makes itself, anyone might read.
@@ -60,6 +71,29 @@ class Root:
     def tokenizers(self) -> Path:
         """Folder of the tokenizer.json files that recipes may name."""
         return self.path / "tokenizers"
+
+    @property
+    def views(self) -> Path:
+        """Policy views: data files as policies show them."""
+        return self.path / "views"
+
+    def secret(self, name: str) -> bytes:
+        """The key ``name`` of this exchange, made on first use, whole or not at all. Raises Damaged."""
+        path = self.keys / name
+        if not path.exists():
+            fresh = path.with_name(f"{name}.{secrets.token_hex(8)}")
+            with os.fdopen(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(_KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            # A link, unlike a rename, leaves the key of a process that was faster.
+            with suppress(FileExistsError):
+                os.link(fresh, path)
+            fresh.unlink()
+        key = path.read_bytes()
+        if len(key) != _KEY_BYTES:
+            raise Damaged(f"{path} is not a key", hint="restore it, or remove it: the next start makes a new one")
+        return key
 
     def table(self, dataset: str) -> Path:
         """The Delta table of a dataset."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -272,12 +271,6 @@ def _width(batches: Sequence[pa.RecordBatch]) -> float:
     return float(sum(batch.nbytes for batch in batches) / max(1, sum(batch.num_rows for batch in batches)))
 
 
-def _block_rows(width: float) -> int:
-    """Rows of one shuffle block: a power of two that spans about ``block_bytes``, from 256 to 65,536."""
-    rows = integer("block_bytes") / max(1.0, width)
-    return 1 << min(16, max(8, round(math.log2(max(1.0, rows)))))
-
-
 @dataclass(frozen=True)
 class _Sizes:
     rows: int
@@ -319,7 +312,7 @@ def _version(
         files=sizes.files,
         fingerprint=hashed.digest(),
         schema=describe(schema),
-        block_rows=_block_rows(width),
+        block_rows=reading.block_rows(width),
         delta_version=-1,
         splits=sizes.splits,
         run=about.run,

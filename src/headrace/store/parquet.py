@@ -180,7 +180,7 @@ def file_schema(path: Path | str) -> pa.Schema:
 
 
 def read_batches(
-    paths: Sequence[Path | str],
+    paths: Iterable[Path | str],
     schema: pa.Schema | None = None,
     columns: Sequence[str] | None = None,
     batch_rows: int | None = None,
