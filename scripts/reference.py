@@ -14,7 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import typer.main
+
 from headrace import settings
+from headrace.cli import app
 from headrace.recipe.parts import SECTIONS, Expect, Files, PublishOptions
 from headrace.recipe.reader import options_of
 
@@ -102,8 +105,40 @@ def settings_table() -> str:
     return "\n".join(["| setting | default | least | what it is |", "|---|---|---|---|", *rows])
 
 
+COMMON = ("root", "url", "token", "json", "help")
+
+
+def spelled(part: Any) -> str:
+    """An argument or option as it is typed."""
+    if part.param_type_name == "argument":
+        name = part.metavar or part.name.upper()
+        return name if part.required else f"[{name.strip('[]')}]"
+    if part.is_flag:
+        return str(part.opts[0])
+    return f"{part.opts[0]} {part.metavar or part.name.upper()}"
+
+
+def commands(command: Any, name: str) -> list[str]:
+    """A line for each verb: what is typed, and what it does."""
+    if hasattr(command, "commands"):
+        return [line for verb, part in command.commands.items() for line in commands(part, f"{name} {verb}")]
+    parts = [part for part in command.params if part.name not in COMMON]
+    arguments = " ".join(spelled(part) for part in parts if part.param_type_name == "argument")
+    options = ", ".join(f"`{spelled(part)}`" for part in parts if part.param_type_name == "option")
+    typed = f"{name} {arguments}".strip()
+    return [f"| `{cell(typed)}` | {cell(command.get_short_help_str(200))} | {cell(options)} |"]
+
+
+def commands_table() -> str:
+    """Every verb of the command with its options."""
+    return "\n".join(
+        ["| command | what it does | options |", "|---|---|---|", *commands(typer.main.get_command(app), "headrace")]
+    )
+
+
 GENERATED: Mapping[str, Callable[[], str]] = {
     "settings": settings_table,
+    "cli": commands_table,
     "collect": lambda: section("`files`", Files),
     "clean": lambda: step_reference("clean"),
     "transform": lambda: step_reference("transform"),

@@ -18,8 +18,10 @@ import pytest
 from headrace.cli import main
 from headrace.cli.doctor import checks
 from headrace.model import (
+    ColumnTag,
     Dataset,
     Diff,
+    Policy,
     Quarantined,
     Receipt,
     Run,
@@ -177,7 +179,8 @@ def test_help_names_every_verb(shell: Shell) -> None:
     done = shell("--help")
     assert done.code == 0
     verbs = (
-        "init serve worker upload run runs datasets versions show head tag diff quarantine trace token doctor receipt"
+        "init serve worker upload run runs datasets versions show head tag diff quarantine trace token doctor receipt "
+        "policy column-tag classify"
     )
     assert all(f"\n  {verb} " in done.out for verb in verbs.split())
     assert shell("--version").out.startswith("headrace 0.")
@@ -412,3 +415,35 @@ def test_doctor_finds_the_server_in_the_lock_and_forgives_a_dead_one(shell: Shel
     for text in ("", "{}", "[]", json.dumps({"pid": 2**22 + 7, "url": there.url})):
         lock.write_text(text)
         assert server() == "none is running on this root"
+
+
+def test_policies_are_added_listed_shown_and_ended(shell: Shell, there: Peer) -> None:
+    made = Policy("p1", "web-*", "role:consumer", "a = 'x'", {"mail": "hash", "note": "constant:a=b"}, TIME)
+    there.on["POST /v1/policies"] = answer(to_dict(made), 201)
+    there.on["GET /v1/policies"] = items(made)
+    there.on["GET /v1/policies/p1"] = there.on["DELETE /v1/policies/p1"] = answer(to_dict(made))
+    add = ("policy", "add", "web-*", "role:consumer", "--row-filter", "a = 'x'")
+    done = shell(*add, "--mask", "mail=hash", "--mask", "note=constant:a=b")
+    assert (done.code, ["mask", "mail", "hash"] in lines(done.out)) == (0, True)
+    sent = {"dataset": "web-*", "subject": "role:consumer", "row_filter": "a = 'x'"}
+    assert json.loads(there.calls[0].body) == {**sent, "masks": {"mail": "hash", "note": "constant:a=b"}}
+    assert lines(shell("policy", "list", "--dataset", "web-1").out)[1][:3] == ["p1", "web-*", "role:consumer"]
+    assert there.calls[1].query["dataset"] == "web-1"
+    assert json.loads(shell("policy", "show", "p1", "--json").out)["row_filter"] == "a = 'x'"
+    assert shell("policy", "remove", "p1", "--yes").out == "policy p1 has ended\n"
+    assert shell(*add, "--mask", "mail").code == 2
+
+
+def test_columns_are_tagged_and_classified(shell: Shell, there: Peer) -> None:
+    tag = ColumnTag("mail", "pii.email", 10, 9)
+    for verb in ("GET", "POST", "DELETE"):
+        there.on[f"{verb} /v1/datasets/d/column-tags"] = items(tag)
+    there.on["POST /v1/datasets/d/classify"] = items(tag)
+    assert lines(shell("column-tag", "list", "d").out)[1] == ["mail", "pii.email"]
+    assert shell("column-tag", "add", "d", "mail", "pii.email").code == 0
+    assert json.loads(there.calls[1].body) == {"column": "mail", "tag": "pii.email"}
+    assert shell("column-tag", "remove", "d", "a,b c", "pii.email", "--yes").code == 0
+    assert there.calls[2].query == {"column": "a,b c", "tag": "pii.email"}
+    done = shell("classify", "d@3:train", "--rows", "5", "--apply")
+    assert lines(done.out)[1] == ["mail", "pii.email", "10", "9"]
+    assert json.loads(there.calls[3].body) == {"ref": "3:train", "rows": 5, "apply": True}

@@ -171,3 +171,45 @@ def test_the_command_tells_the_same_story(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE.replace("{tag: first}", "{expect: {min_rows: 1000}}"))
     assert shell("run", "r.yaml", code=1)["error"]["code"] == "expectation_failed"
     assert all(check["state"] != "fail" for check in shell("doctor"))
+
+
+def test_policies_and_tags_are_the_same_by_every_way_in(ex: Session, tmp_path: Path) -> None:
+    rows = [{"mail": f"u{at}@example.com", "n": at} for at in range(4)]
+    ex.upload("people", rows)
+    wait_until(lambda: ex.dataset("people").version is not None)
+    (found,) = ex.classify("people")
+    assert (found.column, found.tag, found.values, found.found) == ("mail", "pii.email", 4, 4)
+    assert ex.column_tags("people") == []
+    ex.classify("people", apply=True)
+    assert [(one.column, one.tag) for one in ex.tag_column("people", "n", "money")] == [
+        ("mail", "pii.email"),
+        ("n", "money"),
+    ]
+    assert [one.column for one in ex.untag_column("people", "n", "money")] == ["mail"]
+    made = ex.add_policy("people", "role:consumer", "n > 1", {"tag:pii.*": "null"})
+    assert ex.policy(made.id) == made
+    assert ex.policies("people") == [made] == ex.policies()
+    assert ex.policies("other") == []
+    with pytest.raises(errors.BadRequest, match="no column wage"):
+        ex.add_policy("people", "role:consumer", "wage > 1")
+    assert ex.remove_policy(made.id) == made
+    with pytest.raises(errors.NotFound):
+        ex.policy(made.id)
+
+
+def test_a_policy_holds_for_a_token_over_http(serve: Any) -> None:
+    with headrace.connect(serve.url, serve.token) as admin:
+        admin.upload("people", [{"mail": f"u{at}@example.com", "n": at} for at in range(4)])
+        made = admin.add_policy("people", "principal:ana", "n > 1", {"mail": "null"})
+        token = admin.create_token("ana", datasets=["people"])
+        with headrace.connect(serve.url, token.secret) as ana:
+            assert ana.head("people") == [{"mail": None, "n": 2}, {"mail": None, "n": 3}]
+            with pytest.raises(errors.Forbidden):
+                ana.policies()
+            with pytest.raises(errors.Forbidden):
+                ana.remove_policy(made.id)
+            with pytest.raises(errors.Forbidden):
+                ana.tag_column("people", "n", "x")
+            with pytest.raises(errors.Forbidden):
+                ana.classify("people")
+        assert admin.head("people", 1) == [{"mail": "u0@example.com", "n": 0}]

@@ -141,7 +141,7 @@ def test_no_code_block_has_a_language_that_nothing_checks(path: Path) -> None:
     assert {block.language for block in blocks(path)} <= {"python", "bash", "yaml", "sh", "text"}
 
 
-@pytest.mark.parametrize("name", ["settings", "recipes"])
+@pytest.mark.parametrize("name", ["settings", "recipes", "cli"])
 def test_the_reference_is_what_the_code_says(name: str) -> None:
     text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert _script("reference").written(text) == text, "run: python scripts/reference.py"
@@ -159,6 +159,21 @@ def test_every_step_and_option_is_documented(section: str) -> None:
         part = text.partition(f"### `{name}`")[2].partition("### ")[0]
         assert part, f"{name} has no section"
         assert [key for key in options_of(cls) if f"| `{key}` |" not in part] == []
+
+
+def test_two_languages_of_a_page_have_the_same_code_and_shape() -> None:
+    pairs = [(path, path.with_name(f"{path.stem}.zh-CN.md")) for path in DOCS]
+    for english, chinese in [pair for pair in pairs if pair[1].exists()]:
+        code = [
+            [
+                (block.language, [re.sub(r"\s*#.*", "", line) for line in block.text.splitlines()])
+                for block in blocks(path)
+            ]
+            for path in (english, chinese)
+        ]
+        assert code[0] == code[1], english.name
+        shape = [re.findall(r"^(#+ |\| |- )", path.read_text(encoding="utf-8"), re.M) for path in (english, chinese)]
+        assert shape[0] == shape[1], english.name
 
 
 def _routes(text: str) -> set[tuple[str, str]]:
@@ -182,7 +197,7 @@ def test_every_method_of_a_session_is_documented() -> None:
 
     text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
     for cls in (Session, DatasetView):
-        public = [name for name in vars(cls) if not name.startswith("_") and name not in ("info", "ref")]
+        public = [name for name in dir(cls) if not name.startswith("_") and name not in ("info", "ref", "register")]
         assert [name for name in public if not re.search(rf"`\.?{name}\b", text)] == []
 
 

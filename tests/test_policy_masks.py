@@ -73,8 +73,21 @@ def test_hashes_join_equal_values_and_change_with_the_key():
     assert masked("hash", [7])[0].as_py() == masked("hash", ["7"])[0].as_py()
 
 
+def test_hashes_are_equal_within_a_dataset_and_across_those_of_a_name():
+    def shown(dataset, mask):
+        batch = pa.record_batch({"_id": ["7"], "a": ["7"]})
+        return combined(rule(a=mask), dataset=dataset).compile(batch.schema, KEY).apply(batch).to_pylist()[0]
+
+    assert shown("one", "hash") == shown("one", "hash")
+    assert shown("one", "hash")["a"] != shown("two", "hash")["a"]
+    assert shown("one", "hash")["_id"] != shown("two", "hash")["_id"]
+    assert shown("one", "hash:people")["a"] == shown("two", "hash:people")["a"] != shown("two", "hash:others")["a"]
+    assert (Mask.parse("hash:x") & Mask.parse("hash")).text == "null"
+
+
 @pytest.mark.parametrize(
-    "text", ["", "nil", "null:1", "last:", "last:0", "last:x", "bucket:-1", "bucket:nan", "redact:x"]
+    "text",
+    ["", "nil", "hash:", "hash:A b", "null:1", "last:", "last:0", "last:x", "bucket:-1", "bucket:nan", "redact:x"],
 )
 def test_what_is_no_mask_is_refused(text):
     with pytest.raises(BadRequest):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from headrace.intake import Intake
 from headrace.lazy import load
 from headrace.lock import RootLock
 from headrace.model import (
+    ColumnTag,
     Dataset,
     Diff,
     FileEntry,
     Manifest,
+    Policy,
     Quarantined,
     Receipt,
     Ref,
@@ -219,6 +221,43 @@ class EmbeddedSession(Session):
     def revoke_token(self, id: str) -> None:
         """End a token at once; NotFound."""
         self._exchange.revoke_token(OWNER, id)
+
+    def add_policy(
+        self,
+        dataset: str,
+        subject: str,
+        row_filter: str | None = None,
+        masks: Mapping[str, str] | None = None,
+    ) -> Policy:
+        """Hide rows and columns; see ``Session``."""
+        return self._exchange.add_policy(OWNER, dataset, subject, row_filter, masks)
+
+    def policies(self, dataset: str | None = None) -> list[Policy]:
+        """All policies, or those that match a dataset, oldest first."""
+        return self._exchange.policies(OWNER, dataset)
+
+    def policy(self, id: str) -> Policy:
+        """One policy; NotFound."""
+        return self._exchange.policy(OWNER, id)
+
+    def remove_policy(self, id: str) -> Policy:
+        """End a policy, at once; NotFound."""
+        return self._exchange.remove_policy(OWNER, id)
+
+    def column_tags(self, dataset: str) -> list[ColumnTag]:
+        """The tags of a dataset's columns."""
+        return self._exchange.column_tags(OWNER, dataset)
+
+    def tag_column(self, dataset: str, column: str, tag: str) -> list[ColumnTag]:
+        """Tag a column; the dataset's tags."""
+        return self._exchange.tag_column(OWNER, dataset, column, tag)
+
+    def untag_column(self, dataset: str, column: str, tag: str) -> list[ColumnTag]:
+        """Take a tag from a column; the dataset's tags. NotFound."""
+        return self._exchange.untag_column(OWNER, dataset, column, tag)
+
+    def _classify(self, ref: Ref, rows: int, apply: bool) -> list[ColumnTag]:
+        return self._exchange.classify(OWNER, ref, rows, apply)
 
     def health(self) -> dict[str, Any]:
         """Whether the exchange can take and give data."""

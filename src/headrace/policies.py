@@ -130,7 +130,8 @@ class PolicyBook:
         with self._catalog.transaction(writes=True) as db:
             if not db.execute(_tags.delete().where(chosen)).rowcount:
                 raise NotFound(
-                    f"column {column[:80]!r} has no tag {tag[:80]!r}", hint="'headrace tags list' lists them"
+                    f"column {column[:80]!r} has no tag {tag[:80]!r}",
+                    hint=f"'headrace column-tag list {dataset}' lists them",
                 )
             self._changed(db)
 

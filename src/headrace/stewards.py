@@ -84,10 +84,13 @@ class Stewards:
         self._views.book.untag(check_name(dataset), column, tag)
         return self.column_tags(principal, dataset)
 
-    def classify(self, principal: Principal, ref: Ref, rows: int = CLASSIFY_ROWS) -> list[ColumnTag]:
+    def classify(
+        self, principal: Principal, ref: Ref, rows: int = CLASSIFY_ROWS, apply: bool = False
+    ) -> list[ColumnTag]:
         """Tags such as ``pii.email`` for the columns of a version, by what its first ``rows`` rows hold.
 
-        Proposals only: with how many values were looked at and how many of them hold that kind; no value is told.
+        Proposals, with how many values were looked at and how many of them hold that kind; no value is told. With
+        ``apply`` the columns are tagged so.
         """
         govern.allow(principal, govern.MANAGE)
         if not 1 <= rows <= _ROWS_MOST:
@@ -103,8 +106,11 @@ class Stewards:
                 seen[name] = seen.get(name, 0) + len(column) - column.null_count
                 for kind, count in privacy.find(column).items():
                     held[name, kind] = held.get((name, kind), 0) + count
-        return [
+        proposed = [
             ColumnTag(name, f"pii.{kind}", seen[name], count)
             for (name, kind), count in sorted(held.items())
             if count and count >= _SHARE_LEAST * seen[name]
         ]
+        for one in proposed if apply else ():
+            self._views.book.tag(ref.dataset, one.column, one.tag)
+        return proposed

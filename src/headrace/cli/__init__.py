@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from headrace import __version__
-from headrace.cli import admin, data, doctor, out, runs
+from headrace.cli import admin, data, doctor, out, policies, runs
 from headrace.errors import HeadraceError
 
 # Help and usage errors stay plain text: quick to print, easy to pipe. Tracebacks never show local values.
@@ -23,6 +23,7 @@ app = typer.Typer(
 runs.register(app)
 data.register(app)
 admin.register(app)
+policies.register(app)
 doctor.register(app)
 
 

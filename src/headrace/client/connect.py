@@ -19,6 +19,7 @@ from headrace import settings
 from headrace.client import payload
 from headrace.client.http import Failure, Http, base_url, lost, retrying
 from headrace.client.payload import Content
+from headrace.client.policies import RemotePolicies
 from headrace.client.session import Session
 from headrace.errors import BadRequest, Conflict, Damaged, Forbidden
 from headrace.model import (
@@ -102,7 +103,7 @@ class _Body(io.RawIOBase):
         super().close()
 
 
-class RemoteSession(Session):
+class RemoteSession(RemotePolicies, Session):
     """An exchange reached over HTTP. Safe for threads, fork and pickling: connections are made where first used."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
@@ -192,11 +193,11 @@ class RemoteSession(Session):
 
         return pa.RecordBatchReader.from_batches(source.schema, batches())
 
-    def _all(self, kind: type[T], path: str) -> list[T]:
+    def _all(self, kind: type[T], path: str, **query: str | None) -> list[T]:
         found: list[T] = []
         token: str | None = None
         while True:
-            page = self._http.call("GET", path, params={"limit": PAGE, "page_token": token})
+            page = self._http.call("GET", path, params={**query, "limit": PAGE, "page_token": token})
             found += [from_dict(kind, item) for item in _items(page)]
             token = page.get("next_page_token") if isinstance(page, Mapping) else None
             if not token:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from headrace import errors, show
 from headrace.client.payload import Content, payload, watched
+from headrace.client.policies import PolicyMethods
 from headrace.errors import BadRecipe, BadRef, BadRequest, Conflict, NotFound
 from headrace.model import (
     Dataset,
@@ -76,7 +77,7 @@ def _naming(recipe: str | Path) -> Iterator[None]:
         raise BadRecipe(message, hint=error.hint, details={**error.details, "file": text}) from None
 
 
-class Session(abc.ABC):
+class Session(PolicyMethods):
     """An open exchange. Methods raise errors of ``headrace.errors``; use it as a context manager or call ``close``."""
 
     # One primitive per REST route; values are those of model.py.

@@ -27,22 +27,24 @@ def key_id(key: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Effective:
-    """What is hidden: rows that fail a filter, and columns (by case-folded name) behind masks. Both sorted."""
+    """What is hidden of ``dataset``: rows that fail a filter, columns (case-folded) behind masks. Both sorted."""
 
+    dataset: str
     filters: tuple[str, ...]
     masks: tuple[tuple[str, Mask], ...]
 
     @property
     def body(self) -> str:
         """The normalised policy as JSON text."""
-        return json.dumps({"filters": self.filters, "masks": {name: mask.text for name, mask in self.masks}})
+        masks = {name: mask.text for name, mask in self.masks}
+        return json.dumps({"dataset": self.dataset, "filters": self.filters, "masks": masks})
 
     @classmethod
     def of(cls, body: str) -> Effective:
         """The policy that ``body`` was made of."""
         found = json.loads(body)
         masks = tuple((name, Mask.parse(text)) for name, text in found["masks"].items())
-        return cls(tuple(found["filters"]), masks)
+        return cls(found["dataset"], tuple(found["filters"]), masks)
 
     def compile(self, schema: pa.Schema, key: bytes) -> Compiled:
         """This policy for rows of ``schema`` (true types, system columns included), hashing with ``key``."""
@@ -88,7 +90,12 @@ class Compiled:
     policy: Effective
     _filters: tuple[Predicate, ...] | None
     masks: Mapping[str, Mask]
-    _secret: bytes = field(repr=False)
+    _shared: bytes = field(repr=False)
+
+    @property
+    def _secret(self) -> bytes:
+        """The key of this dataset's pseudonyms: those of another tell nothing about them."""
+        return hmac.digest(self._shared, b"dataset\0" + self.policy.dataset.encode(), "sha256")
 
     @property
     def filtered(self) -> bool:
@@ -114,7 +121,10 @@ class Compiled:
 
     def _shown(self, name: str, column: pa.Array) -> pa.Array:
         if name in self.masks:
-            return self.masks[name].apply(column, self._secret)
+            mask = self.masks[name]
+            named = mask.kind == "hash" and mask.argument
+            key = hmac.digest(self._shared, b"shared\0" + named.encode(), "sha256") if named else self._secret
+            return mask.apply(column, key)
         # An _id may be the value of a column, and a locator may hold one: behind masks both are pseudonyms.
         return self.veil(name, column) if self.policy.masks else column
 
@@ -158,7 +168,7 @@ def effective(
                 mask = Mask.parse(text)
                 masks[column] = masks[column] & mask if column in masks else mask
     filters = {_normal(policy.row_filter) for policy in mine if policy.row_filter is not None}
-    return Effective(tuple(sorted(filters)), tuple(sorted(masks.items(), key=lambda item: item[0])))
+    return Effective(dataset, tuple(sorted(filters)), tuple(sorted(masks.items(), key=lambda item: item[0])))
 
 
 def _columns(name: str, tags: Mapping[str, Iterable[str]]) -> list[str]:

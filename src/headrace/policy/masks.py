@@ -1,6 +1,7 @@
 """Column masks: what a value becomes, of which type, and which of two masks hides more.
 
-``null`` · ``constant:TEXT`` · ``hash`` (keyed, 128 bits in hex: equal values stay equal) · ``last:N`` (the last N
+``null`` · ``constant:TEXT`` · ``hash`` (keyed, 128 bits in hex: equal values stay equal within a dataset; with
+``hash:NAME`` in all datasets masked with this name) · ``last:N`` (the last N
 characters of values at least twice as long) · ``month`` · ``bucket:WIDTH`` (the lower edge) · ``redact[:KIND,KIND]``
 
 ``null``, ``month`` and ``bucket`` keep numbers and times what they are, the others make text.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hmac
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,10 +23,11 @@ from headrace import privacy
 from headrace.errors import BadRequest
 from headrace.rows import to_json
 
-FORMS = "null, constant:TEXT, hash, last:N, month, bucket:WIDTH, redact or redact:KIND,KIND"
+FORMS = "null, constant:TEXT, hash or hash:NAME, last:N, month, bucket:WIDTH, redact or redact:KIND,KIND"
 _STARS = "****"
 _LAST_MOST = 64
 _CONSTANT_MOST = 200
+_HASH_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Mask:
         kind, colon, argument = text.partition(":")
         good = {
             "null": not colon,
-            "hash": not colon,
+            "hash": not colon or _HASH_NAME.fullmatch(argument) is not None,
             "month": not colon,
             "constant": bool(colon) and len(argument) <= _CONSTANT_MOST,
             "last": argument.isascii() and argument.isdigit() and 1 <= int(argument[:9]) <= _LAST_MOST,

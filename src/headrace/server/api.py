@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote
 
-import orjson
-from fastapi import Depends, FastAPI, Query, Response
+from fastapi import FastAPI, Query, Response
 from fastapi import Request as Call
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from headrace import __version__, model
-from headrace.errors import BadRef, BadRequest
-from headrace.model import Principal, Ref
 from headrace.server.metrics import Metrics
 from headrace.server.openapi import describe_hot_routes
 from headrace.server.pages import add_pages
+from headrace.server.parts import Body, Caller, Json, Limit, Page, listed, paged, ref_of
+from headrace.server.policies import add_policies
 from headrace.server.wire import Workers
 
 if TYPE_CHECKING:
     from headrace.exchange import Exchange
 
-Limit = Annotated[int, Query(ge=1, le=1000)]
-Page = Annotated[str | None, Query(max_length=400)]
 
-
-class Json(Response):
-    """Values of the model, or plain JSON types."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        """The JSON text."""
-        return orjson.dumps(model.to_dict(content))
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TagBody(_Body):
+class TagBody(Body):
     """A tag for the version behind ``ref``."""
 
     name: str
     ref: str = "latest"
 
 
-class SignBody(_Body):
+class SignBody(Body):
     """File ids of a manifest."""
 
     ids: list[str]
 
 
-class RecipeBody(_Body):
+class RecipeBody(Body):
     """A recipe's YAML text; ``base`` is the folder, on the exchange, that its relative paths start from."""
 
     recipe: str
@@ -67,46 +49,13 @@ class PreviewBody(RecipeBody):
     rows: int = 1000
 
 
-class TokenBody(_Body):
+class TokenBody(Body):
     """A new token; without ``days`` it does not expire."""
 
     name: str
     role: str = "producer"
-    datasets: list[str] = ["*"]
+    datasets: list[str] = Field(default=["*"])
     days: int | None = None
-
-
-def ref_of(dataset: str, text: str | None) -> Ref:
-    """The ref that a path's dataset and a ``ref`` parameter name: '3', 'gold:train', ':train' or a whole ref."""
-    if not text:
-        return Ref.parse(dataset)
-    if "@" not in text:
-        return Ref.parse(f"{dataset}{text}" if text.startswith(":") else f"{dataset}@{text}")
-    ref = Ref.parse(text)
-    if ref.dataset != dataset:
-        raise BadRef(f"ref {text[:200]!r} is not of dataset {dataset[:200]!r}", hint="leave the dataset out of ref")
-    return ref
-
-
-def paged(items: Sequence[Any], limit: int, page_token: str | None) -> dict[str, Any]:
-    """One page of a list that is held whole; the token is the number of items before the page."""
-    start = int(page_token) if page_token and page_token.isascii() and page_token.isdigit() else 0
-    if page_token and str(start) != page_token:
-        raise BadRequest("the page_token is not one of ours", hint="use next_page_token of the last page")
-    more = str(start + limit) if start + limit < len(items) else None
-    return {"items": items[start : start + limit], "next_page_token": more}
-
-
-def listed(text: str | None) -> list[str] | None:
-    """The names in a comma-separated parameter, or None."""
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _principal(call: Call) -> Principal:
-    return Principal(**call.scope["headrace.principal"])
-
-
-Caller = Annotated[Principal, Depends(_principal)]
 
 
 def create_api(exchange: Exchange, workers: Workers, metrics: Metrics, on_revoke: Callable[[], None]) -> FastAPI:
@@ -124,6 +73,7 @@ def create_api(exchange: Exchange, workers: Workers, metrics: Metrics, on_revoke
     _add_feed(api, exchange, workers)
     _add_runs(api, exchange, workers)
     _add_tokens(api, exchange, workers, on_revoke)
+    add_policies(api, exchange, workers)
     _add_status(api, exchange, workers, metrics)
     describe_hot_routes(api)
     return api

@@ -14,12 +14,13 @@ from headrace import settings
 from headrace.errors import BadRequest, HeadraceError, NotFound
 from headrace.inbox import Inbox
 from headrace.model import Principal
-from headrace.server.api import create_api, listed, ref_of
+from headrace.server.api import create_api
 from headrace.server.auth import PUBLIC, Gate
 from headrace.server.files import Files, read_pieces
 from headrace.server.hot import GetData, Uploads
 from headrace.server.metrics import Metrics
 from headrace.server.pages import PREFIX
+from headrace.server.parts import listed, ref_of
 from headrace.server.render import PARQUET, STREAMS, TEXTS, choose, parquet_file
 from headrace.server.wire import (
     ASGI,
