@@ -126,10 +126,17 @@ def test_filters_see_what_masks_hide_and_raw_is_dropped():
     assert found[0]["_id"] not in ("1", "2")
 
 
-def test_a_filter_that_cannot_be_computed_hides_every_row():
-    batch = pa.record_batch({"a": [1, 9223372036854775807]})
+def test_a_filter_that_cannot_be_computed_hides_the_rows_it_fails_on_and_no_other():
+    batch = pa.record_batch({"a": [1, 9223372036854775807, 3, None], "b": [["x"], None, [], ["y"]]})
     assert combined(rule("missing = 1")).compile(batch.schema, KEY).apply(batch).num_rows == 0
-    assert combined(rule("a + 1 > 0")).compile(batch.schema, KEY).apply(batch).num_rows == 0
+    found = combined(rule("a + 1 > 0")).compile(batch.schema, KEY).apply(batch).to_pylist()
+    assert found == [{"a": 1, "b": ["x"]}, {"a": 3, "b": []}]
+
+
+def test_a_value_that_no_mask_can_show_is_null_and_leaves_the_others_alone():
+    assert masked("bucket:10", [17, 2**64 - 1, None, 3], pa.uint64()).to_pylist() == [10, None, None, 0]
+    far = pa.array([0, 2**62, 86_400_000_000], pa.timestamp("us"))
+    assert Mask.parse("last:2").apply(far, KEY).to_pylist()[0::2] == ["****00", "****00"]
 
 
 def test_tags_and_fields_and_case_bring_masks_to_columns():

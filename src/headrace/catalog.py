@@ -7,7 +7,7 @@ before SQLite 3.51.3. Writes are few (one per flush, tag or run step), so the sl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -105,6 +105,21 @@ _tokens = sa.Table(
 def now() -> str:
     """The present in UTC, as the catalog writes time."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def live_files(dataset: str, version: int, split: str | None = None) -> sa.Select[Any]:
+    """The query for the files of a version, for joins with other tables of this database."""
+    query = sa.select(_files).where(
+        _files.c.dataset == dataset,
+        _files.c.added <= version,
+        sa.or_(_files.c.removed.is_(None), _files.c.removed > version),
+    )
+    return query if split is None else query.where(_files.c.split == split)
+
+
+def entries_of(rows: Iterable[Any]) -> list[FileEntry]:
+    """The files that ``live_files`` found."""
+    return [FileEntry(r.id, r.rows, r.bytes, r.sha256, r.start, r.path, r.split) for r in rows]
 
 
 def _engine(path: Path) -> sa.Engine:
@@ -347,28 +362,15 @@ class Catalog:
         self, dataset: str, version: int, split: str | None = None, after: int = -1, limit: int | None = None
     ) -> list[FileEntry]:
         """The files of a version in row order; ``after`` and ``limit`` page by the position of the first row."""
-        query = sa.select(_files).where(
-            _files.c.dataset == dataset,
-            _files.c.added <= version,
-            sa.or_(_files.c.removed.is_(None), _files.c.removed > version),
-            _files.c.start > after,
-        )
-        if split is not None:
-            query = query.where(_files.c.split == split)
+        query = live_files(dataset, version, split).where(_files.c.start > after)
         with self._read() as db:
-            rows = db.execute(query.order_by(_files.c.start).limit(limit)).all()
-        return [FileEntry(r.id, r.rows, r.bytes, r.sha256, r.start, r.path, r.split) for r in rows]
+            return entries_of(db.execute(query.order_by(_files.c.start).limit(limit)))
 
     def last_files(self, dataset: str, version: int, count: int) -> list[FileEntry]:
         """The last ``count`` files of a version, in row order."""
-        query = sa.select(_files).where(
-            _files.c.dataset == dataset,
-            _files.c.added <= version,
-            sa.or_(_files.c.removed.is_(None), _files.c.removed > version),
-        )
+        query = live_files(dataset, version).order_by(_files.c.start.desc()).limit(count)
         with self._read() as db:
-            rows = db.execute(query.order_by(_files.c.start.desc()).limit(count)).all()
-        return [FileEntry(r.id, r.rows, r.bytes, r.sha256, r.start, r.path, r.split) for r in reversed(rows)]
+            return entries_of(db.execute(query))[::-1]
 
     def file(self, file_id: str) -> tuple[str, FileEntry]:
         """The dataset and entry of one file id; NotFound if there is none."""
@@ -376,7 +378,7 @@ class Catalog:
             r = db.execute(sa.select(_files).where(_files.c.id == file_id)).first()
         if r is None:
             raise NotFound("there is no such file", hint="ask for the manifest again")
-        return r.dataset, FileEntry(r.id, r.rows, r.bytes, r.sha256, r.start, r.path, r.split)
+        return r.dataset, entries_of([r])[0]
 
     def path(self, table: Path, entry: FileEntry) -> Path:
         """Where the bytes of a file lie, below the folder of its dataset's table."""

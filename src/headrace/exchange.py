@@ -44,7 +44,8 @@ from headrace.root import Root
 from headrace.rows import SYSTEM, records
 from headrace.settings import integer
 from headrace.stewards import Stewards
-from headrace.views import Seen, Views, is_view, veiled_run
+from headrace.viewfiles import is_view
+from headrace.views import Seen, Views, veiled_run
 
 OPEN_DATASET = "default"
 PREVIEW_SECONDS = 600.0
@@ -85,6 +86,7 @@ class Exchange(Stewards):
 
     def close(self) -> None:
         """Let files and connections go."""
+        self._views.close()
         self.reader.close()
         self.catalog.close()
 
@@ -297,10 +299,10 @@ class Exchange(Stewards):
             schema = pa.schema([*user, *(f for f in stored or SYSTEM if f.name in SYSTEM_COLUMNS)])
         if schema is None:
             schema = pa.schema([*SYSTEM])
-        policy = self._views.compile(principal, ref.dataset, schema)
+        seen = self._seen(principal, ref.dataset)
+        policy = seen.compile(schema) if isinstance(seen, Seen) else None
         visible = schema if policy is None else policy.schema
         chosen = list(columns) if columns is not None else [n for n in visible.names if n not in SYSTEM_COLUMNS]
-        seen = self._seen(principal, ref.dataset)
         rows = self._chosen(self._all(ref, seen, version, opened, tail, schema, policy), visible, chosen, where, limit)
         batches = reading.Stream(rows, lambda: held.__exit__(None, None, None) if held is not None else None)
         policy_key = policy.key if policy is not None else ""
@@ -359,12 +361,11 @@ class Exchange(Stewards):
         shown = f"{self._views.book.epoch()}:{principal.name}" if isinstance(seen, Seen) else ""
         what = json.dumps([version.ref if version else None, limit, offset, [e.seq for e in tail], shown])
         etag = f'"{hashlib.sha256(what.encode()).hexdigest()[:32]}"'
-        texts = self._texts(principal, seen, version, opened, tail, offset)
+        texts = self._texts(seen, version, opened, tail, offset)
         return GetData(etag, reading.Stream(reading.json_array(texts, limit), lambda: held.__exit__(None, None, None)))
 
     def _texts(
         self,
-        principal: Principal,
         seen: reading.Contents,
         version: Version | None,
         opened: Snapshot,
@@ -378,7 +379,7 @@ class Exchange(Stewards):
             skip = max(0, skip - shown.rows)
         user = arrivals.user_schema(reading.schema_of(self.catalog, version))
         for part in arrivals.projected(tail, opened.open, user) if tail else ():
-            policy = self._views.compile(principal, OPEN_DATASET, part.batch.schema) if isinstance(seen, Seen) else None
+            policy = seen.compile(part.batch.schema) if isinstance(seen, Seen) else None
             texts = records(part.batch if policy is None else policy.apply(part.batch))
             yield texts[skip:]
             skip = max(0, skip - len(texts))
@@ -432,7 +433,7 @@ class Exchange(Stewards):
 
     def _path(self, file_id: str) -> Path:
         if is_view(file_id):
-            return self._views.path(file_id)
+            return self._views.path(file_id, exact=True)
         dataset, entry = self.catalog.file(file_id)
         return self._place.table(dataset) / entry.path
 

@@ -142,13 +142,16 @@ class Receipt(Shown):
 
 @dataclass(frozen=True, slots=True)
 class Dataset(Shown):
-    """A named table of records; ``version`` is its latest, or None before the first."""
+    """A named table of records; ``version`` is its latest, or None before the first.
+
+    ``rows`` and ``bytes`` are None while it is being found out what a policy shows of them.
+    """
 
     name: str
     created_at: str
     version: int | None = None
-    rows: int = 0
-    bytes: int = 0
+    rows: int | None = 0
+    bytes: int | None = 0
     pending: int = 0
     quarantined: int = 0
     tags: Mapping[str, int] = field(default_factory=dict)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
-from headrace.catalog import Catalog
+from headrace.catalog import Catalog, entries_of, live_files
 from headrace.errors import NotFound
-from headrace.model import Policy, from_dict, to_dict
+from headrace.model import FileEntry, Policy, from_dict, to_dict
 
+_STREAMED = 2000
 _meta = sa.MetaData()
 _policies = sa.Table(
     "policies",
@@ -45,13 +48,26 @@ _views = sa.Table(
     sa.Column("bytes", sa.Integer, nullable=False),
     sa.Column("arrow_bytes", sa.Integer, nullable=False),
     sa.Column("sha256", sa.String, nullable=False),
-    sa.Index("policy_views_of", "key", "dataset"),
+    sa.Column("content", sa.String, nullable=False),
+    sa.Index("policy_views_of_file", "key", "file"),
+)
+_totals = sa.Table(
+    "policy_totals",
+    _meta,
+    sa.Column("key", sa.String, primary_key=True),
+    sa.Column("dataset", sa.String, primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("body", sa.String, nullable=False),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One data file as a policy shows it. ``key`` names the compiled policy; a view without rows has no file."""
+    """One data file as a policy shows it. ``key`` names the compiled policy; a view without rows has no file.
+
+    ``sha256`` is of its bytes, ``content`` of its values: another version of the Parquet library may write the same
+    values as other bytes.
+    """
 
     id: str
     key: str
@@ -61,6 +77,19 @@ class View:
     bytes: int
     arrow_bytes: int
     sha256: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The sizes of one version as a policy shows it; files without a visible row are left out."""
+
+    rows: int
+    bytes: int
+    arrow_bytes: int
+    files: int
+    splits: Mapping[str, int]
+    fingerprint: str
 
 
 class PolicyBook:
@@ -150,11 +179,80 @@ class PolicyBook:
                 row = {"key": key, "body": body, "arrow_schema": arrow_schema}
                 db.execute(_specs.insert().prefix_with("OR IGNORE").values(**row))
 
-    def views(self, key: str, dataset: str) -> dict[str, View]:
-        """The known views of a dataset under a key, by data file id."""
-        query = sa.select(_views).where(_views.c.key == key, _views.c.dataset == dataset)
+    def _shown(self, key: str, dataset: str, version: int) -> tuple[Any, Any]:
+        """The files of a version as a subquery, and how it joins the views of a key."""
+        live = live_files(dataset, version).subquery()
+        return live, sa.and_(_views.c.key == key, _views.c.file == live.c.id)
+
+    def missing(self, key: str, dataset: str, version: int, after: int, limit: int) -> list[FileEntry]:
+        """Files of a version beyond row ``after`` that have no view under a key yet, in row order."""
+        live, on = self._shown(key, dataset, version)
+        query = sa.select(live).outerjoin(_views, on).where(_views.c.id.is_(None), live.c.start > after)
         with self._catalog.transaction(writes=False) as db:
-            return {row.file: View(*row) for row in db.execute(query)}
+            return entries_of(db.execute(query.order_by(live.c.start).limit(limit)))
+
+    def progress(self, key: str, dataset: str, version: int) -> tuple[int, int]:
+        """How many files of a version have a view under a key, and how many files there are."""
+        live, on = self._shown(key, dataset, version)
+        query = sa.select(sa.func.count(_views.c.id), sa.func.count()).select_from(live).outerjoin(_views, on)
+        with self._catalog.transaction(writes=False) as db:
+            made, all = db.execute(query).one()
+        return int(made), int(all)
+
+    def totals(self, key: str, dataset: str, version: int) -> Totals | None:
+        """What ``total`` found before, or None."""
+        query = sa.select(_totals.c.body).where(
+            _totals.c.key == key, _totals.c.dataset == dataset, _totals.c.version == version
+        )
+        with self._catalog.transaction(writes=False) as db:
+            body = db.execute(query).scalar()
+        return None if body is None else from_dict(Totals, json.loads(body))
+
+    def total(self, key: str, dataset: str, version: int, splits: Iterable[str]) -> Totals:
+        """Add up the views of a version, all of which are made, and remember the sums."""
+        live, on = self._shown(key, dataset, version)
+        wanted = (live.c.split, _views.c.rows, _views.c.bytes, _views.c.arrow_bytes, _views.c.content)
+        query = sa.select(*wanted).join(_views, on).where(_views.c.rows > 0).order_by(live.c.start)
+        rows = size = arrow_bytes = files = 0
+        of_split, content = dict.fromkeys(splits, 0), hashlib.sha256(b"headrace.view.1")
+        with self._catalog.transaction(writes=False) as db:
+            for row in db.execute(query.execution_options(yield_per=_STREAMED)):
+                rows, size, files = rows + row.rows, size + row.bytes, files + 1
+                arrow_bytes += row.arrow_bytes
+                content.update(f"{row.content}:{row.rows}:{row.split or ''}\n".encode())
+                if row.split is not None:
+                    of_split[row.split] += row.rows
+        made = Totals(rows, size, arrow_bytes, files, of_split, content.hexdigest())
+        body = {"key": key, "dataset": dataset, "version": version, "body": json.dumps(to_dict(made))}
+        with self._catalog.transaction(writes=True) as db:
+            db.execute(_totals.insert().prefix_with("OR REPLACE").values(**body))
+        return made
+
+    def listed(
+        self, key: str, dataset: str, version: int, split: str | None, after: int, limit: int | None
+    ) -> list[FileEntry]:
+        """The views of a version in row order; ``after`` and ``limit`` page by position among visible rows."""
+        live, on = self._shown(key, dataset, version)
+        wanted = (_views.c.id, _views.c.rows, _views.c.bytes, _views.c.sha256, live.c.split, live.c.start.label("at"))
+        query = sa.select(*wanted).join(_views, on).where(_views.c.rows > 0)
+        first = 0
+        if after < 0 and split is None:
+            query = query.order_by(live.c.start).limit(limit)
+        else:
+            # Positions among visible rows follow from all views before.
+            ends = sa.func.sum(_views.c.rows).over(order_by=live.c.start, rows=(None, 0))
+            whole = query.add_columns((ends - _views.c.rows).label("place")).subquery()
+            query = sa.select(whole).where(whole.c.place > after)
+            if split is not None:
+                query = query.where(whole.c.split == split)
+            query = query.order_by(whole.c.at).limit(limit)
+        found: list[FileEntry] = []
+        with self._catalog.transaction(writes=False) as db:
+            for row in db.execute(query.execution_options(yield_per=_STREAMED)):
+                start = row.place if hasattr(row, "place") else first
+                first += row.rows
+                found.append(FileEntry(row.id, row.rows, row.bytes, row.sha256, start, "", row.split))
+        return found
 
     def view(self, view_id: str) -> View | None:
         """One view, or None."""
@@ -164,7 +262,18 @@ class PolicyBook:
 
     def add_views(self, views: Iterable[View]) -> None:
         """Remember views; those that are known stay as they are."""
-        rows: Sequence[dict[str, object]] = [{name: getattr(view, name) for name in View.__slots__} for view in views]
+        rows = [_row(view) for view in views]
         if rows:
             with self._catalog.transaction(writes=True) as db:
                 db.execute(_views.insert().prefix_with("OR IGNORE"), rows)
+
+    def replace_view(self, old: View, new: View) -> None:
+        """Put a view with the same values and other bytes in the place of one, under a new id."""
+        with self._catalog.transaction(writes=True) as db:
+            db.execute(_views.delete().where(_views.c.id == old.id))
+            db.execute(_views.insert().prefix_with("OR IGNORE"), [_row(new)])
+            db.execute(_totals.delete().where(_totals.c.key == old.key, _totals.c.dataset == old.dataset))
+
+
+def _row(view: View) -> dict[str, object]:
+    return {name: getattr(view, name) for name in View.__slots__}

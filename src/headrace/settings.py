@@ -48,6 +48,7 @@ TABLE = (
     Setting("runs_queued_max", 1000, "Most runs that wait for a worker before new ones get 503", 1),
     Setting("diff_rows_max", 5_000_000, "Most rows of a version that a diff compares", 1),
     Setting("views_bytes_max", 50 * GiB, "Bytes of policy views kept; beyond, those not used for longest go", 1),
+    Setting("views_wait_s", 5.0, "Seconds that a call waits for policy views to be made before it gets 503", 0),
     Setting("threads", max(1, os.cpu_count() or 1), "Map tasks that run at once", 1),
     Setting("url_seconds", 3600, "Life of a signed file URL", 1),
     Setting("page_items", 1000, "Most items of one list page", 1),

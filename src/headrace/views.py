@@ -4,23 +4,18 @@
 the same questions, answered as if hidden rows and values did not exist. Each data file has one view per policy and
 mask key: a Parquet file like any other, made when it is first asked about, and again after it gave way to newer ones.
 So rows, bytes, statistics, positions and hashes are those of what is visible, and it is read as fast as any file.
+
+Views are made in the background. A call waits for them for some seconds, then hears Busy and how far they are; the
+sizes of a version are added up once all its views are there, and kept in the catalog.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import hmac
 import json
-import os
 import threading
-import uuid
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,40 +24,32 @@ import pyarrow as pa
 
 from headrace import policy, quarantine, reading
 from headrace.catalog import Catalog
-from headrace.errors import Damaged, NotFound
+from headrace.errors import Busy
 from headrace.model import SYSTEM_COLUMNS, Dataset, FileEntry, Principal, Quarantined, Ref, Run, Version
-from headrace.policies import PolicyBook, View
+from headrace.policies import PolicyBook, Totals
 from headrace.policy import Compiled, Effective
 from headrace.root import Root
 from headrace.rows import SYSTEM, to_json
-from headrace.settings import integer
-from headrace.store.parquet import Written, read_batches, write_file
-from headrace.store.types import decode_schema, describe, encode_schema, to_stored
+from headrace.settings import integer, number
+from headrace.store.types import decode_schema, describe, encode_schema
+from headrace.viewfiles import ViewFiles, gone
 
-_LISTED_MOST = 300_000
-"""Files of the listings that are kept in memory, over all policies and versions."""
+_TOTALS_MOST = 4096
 _COMPILED_MOST = 256
 _CHUNK = 64
-_LOCKS = 64
-_PREFIX = "v"
-"""What the id of a view begins with; those of data files are hexadecimal."""
+_JOBS_MOST = 8
+"""Versions whose views are made at once."""
+_WAITING_MOST = 8
+"""Calls that wait for views at once: each holds a thread that others would answer from."""
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """The files of one version as a policy shows them, those without a visible row left out."""
+class _Job:
+    """The making of the views of one version under one policy."""
 
-    files: tuple[FileEntry, ...]
-    rows: int
-    bytes: int
-    arrow_bytes: int
-    splits: dict[str, int]
-    fingerprint: str
-
-
-def is_view(file_id: str) -> bool:
-    """Whether a file id is that of a policy view."""
-    return file_id.startswith(_PREFIX)
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.error: BaseException | None = None
+        self.progress = 0.0
 
 
 class Views:
@@ -71,12 +58,22 @@ class Views:
     def __init__(self, root: Root, catalog: Catalog) -> None:
         self.book = PolicyBook(catalog)
         self._root, self._catalog = root, catalog
-        self._folder = root.views
         self._key = root.secret("masks")
+        self._files = ViewFiles(root, self._key)
         self._compiled: OrderedDict[tuple[str, bytes], Compiled] = OrderedDict()
-        self._listings: OrderedDict[tuple[str, int, str], Listing] = OrderedDict()
-        self._held: int | None = None
+        self._totals: OrderedDict[tuple[str, int, str], Totals] = OrderedDict()
+        self._jobs: dict[tuple[str, int, str], _Job] = {}
+        self._waiting = threading.BoundedSemaphore(_WAITING_MOST)
+        self._closed = threading.Event()
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Let what is being made end after the file at hand."""
+        self._closed.set()
+        with self._lock:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.ended.wait()
 
     # Who sees what
 
@@ -93,11 +90,6 @@ class Views:
         """What ``principal`` may know of ``dataset``."""
         found = self.effective(principal, dataset)
         return self._catalog if found is None else Seen(self._root, self._catalog, self, found)
-
-    def compile(self, principal: Principal, dataset: str, schema: pa.Schema) -> Compiled | None:
-        """The policy for rows of ``schema``; None if all is visible."""
-        found = self.effective(principal, dataset)
-        return None if found is None else self.compiled(found, schema)
 
     def compiled(self, found: Effective, schema: pa.Schema) -> Compiled:
         """``found`` compiled for ``schema``, kept for the next time."""
@@ -121,138 +113,102 @@ class Views:
             found = self.effective(principal, view.dataset)
             if found is not None and found.body == spec[0]:
                 return view.dataset
-        raise NotFound("there is no such file", hint="ask for the manifest again")
+        raise gone()
 
     # Views of files
 
-    def listing(self, version: Version, compiled: Compiled) -> Listing:
-        """The files of ``version`` under a policy; makes the views that are missing."""
+    def totals(self, version: Version, compiled: Compiled) -> Totals:
+        """The sizes of ``version`` under a policy; makes the views that are missing. Busy while that takes long."""
         key = (version.dataset, version.version, compiled.key)
         with self._lock:
-            if key in self._listings:
-                self._listings.move_to_end(key)
-                return self._listings[key]
-        files = self._catalog.files(version.dataset, version.version)
-        views = self._complete(version.dataset, files, compiled)
-        made = _listing(files, views, version, compiled)
+            if key in self._totals:
+                self._totals.move_to_end(key)
+                return self._totals[key]
+        found = self.book.totals(compiled.key, version.dataset, version.version)
+        if found is None:
+            self._prepare(key, version, compiled)
+            found = self.book.totals(compiled.key, version.dataset, version.version)
+        if found is None:
+            raise Busy("what a policy shows of this version changes", hint="retry", details={"retry_after": 1})
         with self._lock:
-            self._listings[key] = made
-            while len(self._listings) > 1 and sum(len(one.files) + 1 for one in self._listings.values()) > _LISTED_MOST:
-                self._listings.popitem(last=False)
-        return made
+            self._totals[key] = found
+            while len(self._totals) > _TOTALS_MOST:
+                self._totals.popitem(last=False)
+        return found
 
-    def _complete(self, dataset: str, files: Sequence[FileEntry], compiled: Compiled) -> dict[str, View]:
-        known = self.book.views(compiled.key, dataset)
-        missing = [entry for entry in files if entry.id not in known]
-        if not missing:
-            return known
-        self.book.add_spec(compiled.key, compiled.policy.body, encode_schema(compiled.source))
-        with ThreadPoolExecutor(integer("threads")) as pool:
-            for start in range(0, len(missing), _CHUNK):
-                made = list(pool.map(partial(self._made, dataset, compiled), missing[start : start + _CHUNK]))
-                known.update((view.file, view) for view in made)
-        return known
-
-    def _made(self, dataset: str, compiled: Compiled, entry: FileEntry) -> View:
-        text = f"view\0{dataset}\0{entry.id}\0{entry.sha256}\0{compiled.key}"
-        view_id = _PREFIX + hmac.digest(self._key, text.encode(), "sha256")[:16].hex()
-        with self._locked(view_id):
-            known = self.book.view(view_id)
-            if known is not None:
-                return known
-            written, arrow_bytes = self._write(view_id, dataset, compiled, entry)
-            view = View(
-                view_id, compiled.key, dataset, entry.id, written.rows, written.bytes, arrow_bytes, written.sha256
+    def _prepare(self, key: tuple[str, int, str], version: Version, compiled: Compiled) -> None:
+        with self._lock:
+            job = self._jobs.get(key)
+            if job is None:
+                if len(self._jobs) >= _JOBS_MOST or self._closed.is_set():
+                    raise Busy("policy views of other versions are being made", details={"retry_after": 5})
+                job = self._jobs[key] = _Job()
+                work = threading.Thread(target=self._work, args=(job, key, version, compiled), name="views")
+                work.daemon = True
+                work.start()
+        ended = False
+        if self._waiting.acquire(blocking=False):
+            try:
+                ended = job.ended.wait(number("views_wait_s"))
+            finally:
+                self._waiting.release()
+        if not ended and not job.ended.is_set():
+            raise Busy(
+                f"what a policy shows of {version.ref} is being made: {job.progress:.1%} so far",
+                hint="it goes on by itself; retry",
+                details={"retry_after": 1, "progress": job.progress},
             )
-            self.book.add_views([view])
-            return view
+        if job.error is not None:
+            raise job.error
 
-    def _write(self, view_id: str, dataset: str, compiled: Compiled, entry: FileEntry) -> tuple[Written, int]:
-        """Write a view, whole or not at all, and make room for it. Without visible rows no file is left."""
-        sizes: list[int] = []
-
-        def visible() -> Iterator[pa.RecordBatch]:
-            source = self._root.table(dataset) / entry.path
-            for batch in read_batches([source], to_stored(compiled.source), None, integer("batch_rows")):
-                shown = compiled.apply(reading.true(batch, compiled.source))
-                sizes.append(shown.nbytes)
-                yield shown
-
-        path = self._folder / f"{uuid.uuid4().hex}.making"
-        written = write_file(path, visible(), to_stored(compiled.schema))
-        if written.rows:
-            path.replace(self._folder / f"{view_id}.parquet")
-            self._make_room(written.bytes, f"{view_id}.parquet")
-        else:
-            path.unlink()
-        return written, sum(sizes)
-
-    def path(self, view_id: str) -> Path:
-        """Where the bytes of a view lie; they are made again if they had given way. NotFound, Damaged."""
-        path = self._folder / f"{view_id}.parquet"
+    def _work(self, job: _Job, key: tuple[str, int, str], version: Version, compiled: Compiled) -> None:
         try:
-            os.utime(path)
-        except FileNotFoundError:
-            self._again(view_id)
-        return path
+            self._make(job, version, compiled)
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the job raises it
+            job.error = error
+        finally:
+            with self._lock:
+                del self._jobs[key]
+            job.ended.set()
 
-    def _again(self, view_id: str) -> None:
+    def _make(self, job: _Job, version: Version, compiled: Compiled) -> None:
+        made, all = self.book.progress(compiled.key, version.dataset, version.version)
+        after = -1
+        self.book.add_spec(compiled.key, compiled.policy.body, encode_schema(compiled.source))
+        with ThreadPoolExecutor(integer("threads"), thread_name_prefix="view") as pool:
+            while not self._closed.is_set():
+                missing = self.book.missing(compiled.key, version.dataset, version.version, after, _CHUNK)
+                if not missing:
+                    break
+                self.book.add_views(pool.map(partial(self._files.make, version.dataset, compiled), missing))
+                made, after = made + len(missing), missing[-1].start
+                job.progress = made / max(1, all)
+        if self._closed.is_set():
+            raise Busy("the exchange is closing", details={"retry_after": 5})
+        self.book.total(compiled.key, version.dataset, version.version, version.splits)
+
+    def path(self, view_id: str, *, exact: bool = False) -> Path:
+        """Where the bytes of a view lie; they are made again if they had given way. NotFound, Damaged.
+
+        After an upgrade they may come out otherwise, the same values as other bytes: then the view has another id, and
+        with ``exact`` the old one is NotFound.
+        """
+        if self._files.touch(view_id):
+            return self._files.file(view_id)
         view = self.book.view(view_id)
         spec = self.book.spec(view.key) if view is not None else None
         compiled = None if spec is None else self.compiled(Effective.of(spec[0]), decode_schema(spec[1]))
         if view is None or compiled is None or compiled.key != view.key:
-            raise NotFound("there is no such file", hint="ask for the manifest again")
-        with self._locked(view_id):
-            if not (self._folder / f"{view_id}.parquet").exists():
-                written, _ = self._write(view_id, view.dataset, compiled, self._catalog.file(view.file)[1])
-                if written.sha256 != view.sha256:
-                    raise Damaged("a policy view came out otherwise than before", hint="run 'headrace doctor'")
-
-    @contextmanager
-    def _locked(self, view_id: str) -> Iterator[None]:
-        """One maker per view, in whatever thread or process."""
-        path = self._folder / f".{int(view_id[1:5], 16) % _LOCKS}.lock" if is_view(view_id) else None
-        if path is None:
-            raise NotFound("there is no such file", hint="ask for the manifest again")
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def _make_room(self, added: int, newest: str) -> None:
-        """Remove the views that were not used for longest where there are too many bytes."""
-        with self._lock:
-            most = integer("views_bytes_max")
-            self._held = None if self._held is None else self._held + added
-            if self._held is not None and self._held <= most:
-                return
-            found = sorted((item.stat().st_mtime_ns, item) for item in self._folder.glob("*.parquet"))
-            sizes = {item: item.stat().st_size for _, item in found}
-            self._held = sum(sizes.values())
-            for _, item in found if self._held > most else ():
-                if self._held <= most * 0.9:
-                    break
-                if item.name != newest:
-                    item.unlink(missing_ok=True)
-                    self._held -= sizes[item]
-
-
-def _listing(files: Sequence[FileEntry], views: dict[str, View], version: Version, compiled: Compiled) -> Listing:
-    entries: list[FileEntry] = []
-    splits = dict.fromkeys(version.splits, 0)
-    rows = arrow_bytes = 0
-    content = hashlib.sha256(compiled.key.encode())
-    for entry in files:
-        view = views[entry.id]
-        if not view.rows:
-            continue
-        entries.append(FileEntry(view.id, view.rows, view.bytes, view.sha256, rows, "", entry.split))
-        content.update(f"{view.sha256}:{entry.split or ''}\n".encode())
-        if entry.split is not None:
-            splits[entry.split] += view.rows
-        rows += view.rows
-        arrow_bytes += view.arrow_bytes
-    size = sum(entry.bytes for entry in entries)
-    return Listing(tuple(entries), rows, size, arrow_bytes, splits, content.hexdigest())
+            raise gone()
+        made = self._files.again(view, compiled, self._catalog.file(view.file)[1])
+        if made.id != view.id:
+            self.book.replace_view(view, made)
+            with self._lock:
+                for key in [key for key in self._totals if key[0] == view.dataset]:
+                    del self._totals[key]
+            if exact:
+                raise gone()
+        return self._files.file(made.id)
 
 
 class Seen:
@@ -261,23 +217,27 @@ class Seen:
     def __init__(self, root: Root, catalog: Catalog, views: Views, found: Effective) -> None:
         self._root, self._catalog, self._views, self._policy = root, catalog, views, found
 
+    def compile(self, schema: pa.Schema) -> Compiled:
+        """The policy for rows of ``schema``."""
+        return self._views.compiled(self._policy, schema)
+
     def _compiled(self, version: Version) -> Compiled:
         schema = decode_schema(self._catalog.details(version.dataset, version.version)[0])
-        return self._views.compiled(self._policy, schema)
+        return self.compile(schema)
 
     def _shown(self, version: Version) -> Version:
         """A version without what its making tells: counts, fitted values, inputs, recipe."""
         compiled = self._compiled(version)
-        found = self._views.listing(version, compiled)
+        found = self._views.totals(version, compiled)
         return replace(
             version,
             rows=found.rows,
             bytes=found.bytes,
-            files=len(found.files),
+            files=found.files,
             fingerprint=found.fingerprint,
             schema=describe(compiled.schema),
             block_rows=reading.block_rows(found.arrow_bytes / max(1, found.rows)),
-            splits=found.splits,
+            splits=dict(found.splits),
             run=None,
             recipe=None,
             inputs=(),
@@ -287,14 +247,15 @@ class Seen:
         )
 
     def dataset(self, name: str) -> Dataset:
-        """One dataset with the sizes of what is visible."""
-        whole, latest = self._catalog.dataset(name), self.latest(name)
-        return replace(
-            whole,
-            rows=latest.rows if latest else 0,
-            bytes=latest.bytes if latest else 0,
-            quarantined=0 if self._policy.filters else whole.quarantined,
-        )
+        """One dataset with the sizes of what is visible: None while that is being made."""
+        whole = self._catalog.dataset(name)
+        quarantined = 0 if self._policy.filters else whole.quarantined
+        try:
+            latest = self.latest(name)
+        except Busy:
+            return replace(whole, rows=None, bytes=None, quarantined=quarantined)
+        rows, size = (latest.rows, latest.bytes) if latest else (0, 0)
+        return replace(whole, rows=rows, bytes=size, quarantined=quarantined)
 
     def latest(self, name: str) -> Version | None:
         """The newest version, or None."""
@@ -319,11 +280,9 @@ class Seen:
     ) -> list[FileEntry]:
         """The views of a version's files in row order; ``after`` and ``limit`` page by position."""
         whole = self._catalog.resolve(Ref(dataset, str(version)))
-        files: Sequence[FileEntry] = self._views.listing(whole, self._compiled(whole)).files
-        if split is not None:
-            files = [entry for entry in files if entry.split == split]
-        first = bisect_right(files, after, key=lambda entry: entry.start)
-        return list(files[first : None if limit is None else first + limit])
+        compiled = self._compiled(whole)
+        self._views.totals(whole, compiled)
+        return self._views.book.listed(compiled.key, dataset, version, split, after, limit)
 
     def path(self, table: Path, entry: FileEntry) -> Path:  # noqa: ARG002
         """Where the bytes of a view lie."""

@@ -122,7 +122,7 @@ def datasets(root: out.Root = None, url: out.Url = None, token: out.Secret = Non
             d.name,
             d.version,
             out.count(d.rows),
-            out.size(d.bytes),
+            "-" if d.bytes is None else out.size(d.bytes),
             out.count(d.pending),
             out.count(d.quarantined),
             d.tags,

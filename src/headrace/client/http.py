@@ -117,17 +117,21 @@ def retrying(attempt: Callable[[], T], repeatable: bool = True) -> T:
     """Call ``attempt`` until it gives a value, up to ``retries`` times; raise the last error.
 
     ``attempt`` raises Failure. What is not ``repeatable`` is tried again only if the exchange cannot have acted on it.
+    While the exchange prepares an answer and gets on with it, tries do not count.
     """
-    tries = settings.integer("retries")
-    for count in range(1, tries + 1):
+    tries, count, progress = settings.integer("retries"), 0, None
+    while True:
+        count += 1
         try:
             return attempt()
         except Failure as failure:
+            told = failure.error.details.get("progress")
+            if told is not None and told != progress:
+                count, progress = 1, told
             if count >= tries or not failure.again or not (repeatable or failure.untouched):
                 raise failure.error from None
             pause = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (count - 1)) * random.uniform(0.5, 1.0)  # noqa: S311
             time.sleep(pause if failure.after is None else min(failure.after, RETRY_AFTER_MAX_S) + pause / 4)
-    raise AssertionError("retries is at least 1")
 
 
 class Http:

@@ -111,12 +111,8 @@ class Compiled:
     def _kept(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         if self._filters is None:
             return batch.slice(0, 0)
-        try:
-            for one in self._filters:
-                batch = one.apply(batch)
-        except BadRequest:
-            # Its message could tell of a value: such rows are hidden without a word.
-            return batch.slice(0, 0)
+        for one in self._filters:
+            batch = _passing(one, batch)
         return batch
 
     def _shown(self, name: str, column: pa.Array) -> pa.Array:
@@ -141,6 +137,19 @@ class Compiled:
             missing = column.is_null() if column.null_count else None
             return pa.ListArray.from_arrays(offsets, parts, type=column.type, mask=missing)
         return column
+
+
+def _passing(one: Predicate, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The rows that pass a filter. One that cannot be computed is hidden without a word, and takes no other along."""
+    try:
+        return one.apply(batch)
+    except BadRequest:
+        if batch.num_rows <= 1:
+            return batch.slice(0, 0)
+    half = batch.num_rows // 2
+    parts = [_passing(one, batch.slice(0, half)), _passing(one, batch.slice(half))]
+    found = pa.Table.from_batches(parts, batch.schema).combine_chunks().to_batches()
+    return found[0] if found else batch.slice(0, 0)
 
 
 def _with_field(column: pa.Array, name: str, domain: bytes, key: bytes) -> pa.Array:

@@ -99,9 +99,13 @@ class Mask:
         kind = self.type_of(array.type)
         try:
             made = _MAKERS[self.kind](array, self.argument, key)
-        except (pa.ArrowException, ValueError, OverflowError):
-            return pa.nulls(len(array), kind)
-        return made if made.type == kind else pa.nulls(len(array), kind)
+            return made if made.type == kind else pa.nulls(len(array), kind)
+        except (pa.ArrowException, ArithmeticError, TypeError, ValueError):
+            if len(array) <= 1:
+                return pa.nulls(len(array), kind)
+        # One value that cannot be computed must not change what is shown of the others.
+        half = len(array) // 2
+        return pa.concat_arrays([self.apply(array.slice(0, half), key), self.apply(array.slice(half), key)])
 
 
 def _width(text: str) -> float:
