@@ -2,22 +2,24 @@
 #   make demo     the whole story on real data, in about a minute
 #   make serve    an exchange that stays up (ROOT=, PORT=)
 #   make test     all tests          make check    format, lint, types, layers, ratchets
+#   make noninterference   many more random policies than the tests try (EXAMPLES=)
 #   make bench    measure against peers, write bench/RESULTS.md
 SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 ROOT ?= headrace-data
 PORT ?= 7070
+EXAMPLES ?= 400
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := src tests examples scripts bench
 
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check serve bench services format clean
+.PHONY: help demo test check noninterference serve bench services format clean
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 $(BIN)/python: scripts/setup.sh
 	@sh scripts/setup.sh $(VENV)
@@ -45,6 +47,9 @@ serve: .stamps/installed
 
 test: .stamps/installed .stamps/strace
 	@$(BIN)/python -m pytest -n 2 $(PYTEST)
+
+noninterference: .stamps/installed
+	@HEADRACE_NONINTERFERENCE_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/test_noninterference.py
 
 check: .stamps/installed
 	@$(BIN)/ruff format --check $(SOURCES)

@@ -1,6 +1,7 @@
 """Masks and row filters on batches: what comes out, of which type, and which of two masks wins."""
 
 import datetime as dt
+import struct
 from decimal import Decimal
 
 import pyarrow as pa
@@ -182,3 +183,27 @@ def test_the_body_of_a_policy_makes_the_same_policy():
 def test_what_cannot_be_a_policy_is_refused(wrong):
     with pytest.raises(BadRequest):
         policy.check(wrong)
+
+
+@pytest.mark.parametrize(
+    "mask", ["null", "constant:x", "hash", "last:4", "month", "bucket:10", "redact", "redact:phone"]
+)
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["canary0001@example.com", None, "2024-01-31"],
+        [7_000_000_017, None, 5],
+        [7e7 + 0.25, None, 1.5],
+        [[7_000_000_017], None, []],
+        [{"t": "canary0001@example.com", "n": 7_000_000_017}, None, {"t": None, "n": 5}],
+    ],
+)
+def test_below_nulls_nothing_of_a_value_is_left(mask, values):
+    made = Mask.parse(mask).apply(pa.array(values), KEY)
+    if made[0].as_py() is None:
+        batch, sink = pa.record_batch({"a": made}), pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        stream = sink.getvalue().to_pybytes()
+        traces = (b"canary", struct.pack("<q", 7_000_000_017), struct.pack("<d", 7e7 + 0.25))
+        assert not [trace for trace in traces if trace in stream]

@@ -139,7 +139,7 @@ def test_the_data_fetcher_lists_its_sets_with_their_licences_and_refuses_others(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check", "serve", "bench", "services", "clean"])
+@pytest.mark.parametrize("target", ["demo", "test", "check", "noninterference", "serve", "bench", "services", "clean"])
 def test_make_has_the_target_and_can_plan_it(target: str) -> None:
     planned = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert planned.returncode == 0, planned.stderr

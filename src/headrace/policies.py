@@ -61,6 +61,11 @@ _totals = sa.Table(
 )
 
 
+# Spelled so that SQLite goes through the files in their order and looks each view up: the other way round it would
+# gather and sort them all to give the first.
+_SHOWN = sa.func.coalesce(_views.c.rows, 0) > 0
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """One data file as a policy shows it. ``key`` names the compiled policy; a view without rows has no file.
@@ -212,7 +217,7 @@ class PolicyBook:
         """Add up the views of a version, all of which are made, and remember the sums."""
         live, on = self._shown(key, dataset, version)
         wanted = (live.c.split, _views.c.rows, _views.c.bytes, _views.c.arrow_bytes, _views.c.content)
-        query = sa.select(*wanted).join(_views, on).where(_views.c.rows > 0).order_by(live.c.start)
+        query = sa.select(*wanted).outerjoin(_views, on).where(_SHOWN).order_by(live.c.start)
         rows = size = arrow_bytes = files = 0
         of_split, content = dict.fromkeys(splits, 0), hashlib.sha256(b"headrace.view.1")
         with self._catalog.transaction(writes=False) as db:
@@ -234,7 +239,7 @@ class PolicyBook:
         """The views of a version in row order; ``after`` and ``limit`` page by position among visible rows."""
         live, on = self._shown(key, dataset, version)
         wanted = (_views.c.id, _views.c.rows, _views.c.bytes, _views.c.sha256, live.c.split, live.c.start.label("at"))
-        query = sa.select(*wanted).join(_views, on).where(_views.c.rows > 0)
+        query = sa.select(*wanted).outerjoin(_views, on).where(_SHOWN)
         first = 0
         if after < 0 and split is None:
             query = query.order_by(live.c.start).limit(limit)

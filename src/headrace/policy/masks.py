@@ -99,13 +99,22 @@ class Mask:
         kind = self.type_of(array.type)
         try:
             made = _MAKERS[self.kind](array, self.argument, key)
-            return made if made.type == kind else pa.nulls(len(array), kind)
+            return _bare(made) if made.type == kind else pa.nulls(len(array), kind)
         except (pa.ArrowException, ArithmeticError, TypeError, ValueError):
             if len(array) <= 1:
                 return pa.nulls(len(array), kind)
         # One value that cannot be computed must not change what is shown of the others.
         half = len(array) // 2
         return pa.concat_arrays([self.apply(array.slice(0, half), key), self.apply(array.slice(half), key)])
+
+
+def _bare(array: pa.Array) -> pa.Array:
+    """The same values, with nothing left in memory below its nulls: an Arrow stream carries what lies there, too."""
+    if not array.null_count:
+        return array
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    places = pa.array(np.cumsum(valid) - 1, pa.int64(), mask=~valid)
+    return array.drop_null().take(places)
 
 
 def _width(text: str) -> float:
