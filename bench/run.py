@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("uploads", "feed")
+PARTS = ("uploads", "feed", "policies")
 LIBRARIES = ("pyarrow", "numpy", "torch", "daft", "deltalake", "granian", "fastapi", "polars")
 PEERS = ("litdata", "flask", "torch")
 

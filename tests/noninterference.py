@@ -41,6 +41,8 @@ USER = pa.schema(
     ]
 )
 SECRET = ("n", "f", "s", "d", "l", "o")
+Probe = tuple[str, str, dict[str, Any]]
+"""Method, path, and headers or the body of a POST."""
 DATASET = "default"
 ARROW, PARQUET = "application/vnd.apache.arrow.stream", "application/vnd.apache.parquet"
 FORMS = ("application/x-ndjson", "application/json", "text/csv", ARROW, PARQUET)
@@ -189,7 +191,7 @@ class Twin:
     """An exchange that holds a case, and a caller behind the policy."""
 
     def __init__(self, folder: Path, case: Case, twin: bool) -> None:
-        self.case, self.twin = case, twin
+        self.case, self.twin, self.receipt = case, twin, "none"
         self.root = Root.at(folder)
         for name in ("masks", "urls"):
             (self.root.keys / name).write_bytes((name * 32).encode()[:32])
@@ -242,7 +244,8 @@ class Twin:
             table = pa.Table.from_pylist(made, schema=USER)
             with pa.ipc.new_stream(sink, USER) as writer:
                 writer.write_table(table)
-            self.inbox.append(Upload(DATASET, "arrow", len(made), sink.getvalue(), None, "k")).result()
+            upload = Upload(DATASET, "arrow", len(made), sink.getvalue(), None, "k")
+            self.receipt = self.inbox.append(upload).result().receipt
 
     def _refuse(self) -> None:
         text = json.dumps(
@@ -279,18 +282,20 @@ class Twin:
 
     # What there is to ask
 
-    def answers(self, probes: list[tuple[str, str, dict[str, str]]]) -> list[tuple[str, httpx.Response]]:
+    def answers(self, probes: list[Probe]) -> list[tuple[str, httpx.Response]]:
         """The answers to ``probes``, and to all that they lead to: pages, signatures, files."""
         return asyncio.run(self._answers(probes))
 
-    async def _answers(self, probes: list[tuple[str, str, dict[str, str]]]) -> list[tuple[str, httpx.Response]]:
+    async def _answers(self, probes: list[Probe]) -> list[tuple[str, httpx.Response]]:
         found: list[tuple[str, httpx.Response]] = []
         transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
         headers = {"authorization": f"Bearer {self.token}", "accept-encoding": "identity"}
         async with httpx.AsyncClient(transport=transport, base_url="http://there", headers=headers) as client:
             for method, path, more in probes:
-                answer = await client.request(method, path, headers=more)
+                sent = {"json": more} if method == "POST" else {"headers": more}
+                answer = await client.request(method, path, **sent)
                 found.append((f"{method} {path} {more}", answer))
+            found.append(("GET /v1/receipts/", await client.get(f"/v1/receipts/{self.receipt}")))
             for version in [*range(len(self.case.files)), "latest"]:
                 found += await self._files(client, version)
         return found
@@ -314,6 +319,7 @@ _CHANGING = re.compile(
     rb'"(?:urls|expires_at|created_at|request_id)":\s*(?:"[^"]*"|[0-9]+|\{[^}]*\})|v[0-9a-f]{32}|'
     rb"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z"
 )
+_RECEIPT = re.compile(rb"there is no receipt '[^']*'")
 _TOLD = ("content-type", "etag", "content-length", "retry-after")
 
 
@@ -321,7 +327,7 @@ def comparable(answer: httpx.Response) -> tuple[Any, ...]:
     """An answer without what the making of it alone decides: random ids, moments."""
     headers = {name: answer.headers.get(name) for name in _TOLD}
     headers["etag"] = re.sub("v[0-9a-f]{32}", "V", headers["etag"] or "")
-    return answer.status_code, headers, _CHANGING.sub(b"", answer.content)
+    return answer.status_code, headers, _RECEIPT.sub(b"", _CHANGING.sub(b"", answer.content))
 
 
 def laid_open(answer: httpx.Response) -> bytes:

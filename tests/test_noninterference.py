@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from noninterference import (
     SECRET,
     USER,
     Case,
+    Probe,
     Row,
     Twin,
     canary,
@@ -119,10 +121,10 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(parts[:-1], parts[-1], text, passes, masks, draw(st.booleans()), extra)
 
 
-def probes(case: Case) -> list[tuple[str, str, dict[str, str]]]:
+def probes(case: Case) -> list[Probe]:
     """What a curious caller asks: every list and every row in every form, and conditions about each hidden value."""
     at, last = f"/v1/datasets/{DATASET}", len(case.files) - 1
-    asked = [
+    asked: list[Probe] = [
         ("GET", path, {})
         for path in (
             "/get_data", "/get_data?offset=1&limit=2", "/v1/datasets", at, f"{at}/versions", f"{at}/versions/0",
@@ -131,9 +133,13 @@ def probes(case: Case) -> list[tuple[str, str, dict[str, str]]]:
             f"{at}/trace?step=0", f"{at}/trace?step=0&batch_size=3&world_size=2&shuffle=global&seed=3",
             f"{at}/trace?row=key00000000", f"{at}/trace?source=key00000001", f"{at}/manifest?columns=n,s",
             f"{at}/manifest?columns=nothing", "/v1/runs", f"/v1/runs/{'r' * 32}", "/v1/policies", "/v1/tokens",
-            "/metrics", "/healthz", f"{at}/records?columns=_raw", f"{at}/records?columns=_id", f"{at}/records?limit=1",
+            "/v1/policies/none", "/metrics", "/healthz", "/readyz", f"{at}/records?columns=_raw",
+            f"{at}/records?columns=_id", f"{at}/records?limit=1",
         )
     ]  # fmt: skip
+    recipe = {"recipe": f"dataset: mine\ncollect:\n  - dataset: {DATASET}@latest\n"}
+    asked += [("POST", path, recipe) for path in ("/v1/runs", "/v1/runs:preview", "/v1/recipes:check")]
+    asked += [("POST", f"{at}/classify", {}), ("POST", f"{at}/tags", {"name": "mine"})]
     asked += [("GET", f"{at}/records?ref={ref}", {"accept": form}) for form in FORMS for ref in ("0", "latest")]
     hidden = [row for part in [*case.files, case.tail] for row in part][:2]
     for column in SECRET:
@@ -281,3 +287,17 @@ def test_nothing_hidden_is_told_or_decides_what_is_told(case: Case) -> None:
     note(f"filter {case.row_filter}, masks {case.masks}, rows {[len(part) for part in case.files]}+{len(case.tail)}")
     with tempfile.TemporaryDirectory(prefix="headrace-twins-") as folder:
         check(case, Path(folder))
+
+
+def test_every_route_that_gives_something_out_is_asked() -> None:
+    case = Case([[Row("key00000000", 1, "a", 0)]], [Row("key00000001", 2, "b", 1)], "g > 0", lambda row: True, {})
+    with tempfile.TemporaryDirectory(prefix="headrace-twins-") as folder:
+        twin = Twin(Path(folder), case, False)
+        try:
+            twin.restrict()
+            asked = [str(answer.request.url.path) for _, answer in twin.answers(probes(case))]
+            routes = [path for path, verbs in twin.app._api.openapi()["paths"].items() if "get" in verbs]
+        finally:
+            twin.close()
+    patterns = {route: re.compile(re.sub(r"\{\w+\}", "[^/]+", route)) for route in routes}
+    assert [route for route, pattern in patterns.items() if not any(map(pattern.fullmatch, asked))] == []
