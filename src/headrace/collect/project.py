@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.json as pa_json
 
 from headrace import settings
-from headrace.collect import formats
+from headrace.collect import flat, formats
 from headrace.collect.codings import BLOCK_BYTES
 from headrace.collect.kinds import (
     BOOL,
@@ -179,6 +179,9 @@ def check_and_project(
     framed = formats.framed_lines(text, limits)
     if framed is not None:
         ends, longest = framed
+        columns = flat.parse(text, len(ends), schema)
+        if columns is not None:
+            return text, len(ends), [], Projection(columns, schema, np.arange(len(ends), dtype=np.int64), [], ())
         offsets = np.concatenate([[0], ends + 1]).astype(np.int64)
         texts = pa.LargeStringArray.from_buffers(len(ends), pa.py_buffer(offsets), pa.py_buffer(text))
         made = _project_fast(texts, schema, text, longest)
