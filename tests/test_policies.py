@@ -105,6 +105,23 @@ def test_views_give_way_by_bytes_and_come_again_with_the_same_bytes(place, monke
     assert len(rows_of(exchange, ANN, dataset)) == 60
 
 
+def test_how_many_rows_lie_hidden_between_visible_ones_shows_in_no_number(place, monkeypatch):
+    session, exchange = place
+    monkeypatch.setenv("HEADRACE_BATCH_ROWS", "8")
+    monkeypatch.setenv("HEADRACE_BLOCK_BYTES", "1024")
+    seen = []
+    for hidden in (0, 1, 5, 13):
+        dataset = name()
+        rows = [row for at in range(30) for row in [{"n": at, "t": "x" * at}] + [{"n": -1, "t": "h"}] * hidden]
+        committed(session, dataset, rows)
+        exchange.add_policy(OWNER, dataset, "*", "n >= 0")
+        version = exchange.version(ANN, Ref(dataset))
+        totals = list(exchange._views._totals.values())[-1]
+        seen.append((version.rows, version.block_rows, version.fingerprint, totals.arrow_bytes))
+    assert len({numbers[:3] for numbers in seen}) == 1, seen
+    assert len({numbers[3] for numbers in seen}) == 1, seen
+
+
 def test_a_view_that_is_written_otherwise_is_another_file_of_the_same_content(place, monkeypatch):
     session, exchange = place
     dataset = name()

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace import reading
 from headrace.errors import Damaged, NotFound
@@ -94,14 +95,14 @@ class ViewFiles:
     def _write(self, view_id: str, dataset: str, compiled: Compiled, entry: FileEntry) -> View:
         """Write a view, and make room for it. Without visible rows no file is left."""
         content, sizes = Fingerprint(compiled.schema), 0
+        source = self._root.table(dataset) / entry.path
 
         def visible() -> Iterator[pa.RecordBatch]:
             nonlocal sizes
-            source = self._root.table(dataset) / entry.path
             for batch in read_batches([source], to_stored(compiled.source), None, integer("batch_rows")):
                 shown = compiled.apply(reading.true(batch, compiled.source))
                 content.update(shown)
-                sizes += shown.nbytes
+                sizes += sum(map(_size, shown.columns))
                 yield shown
 
         path = self._folder / f"{uuid.uuid4().hex}.making"
@@ -141,3 +142,18 @@ class ViewFiles:
                 if item.name != newest:
                     item.unlink(missing_ok=True)
                     self._held -= sizes[item]
+
+
+def _size(array: pa.Array) -> int:
+    """Bytes of the values in memory, whatever buffers carry them: how many rows lay hidden between must not show."""
+    kind = array.type
+    if pa.types.is_struct(kind):
+        return sum(map(_size, array.flatten()))
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return 4 * len(array) + _size(array.flatten())
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        return 4 * len(array) + int(pc.sum(pc.binary_length(array)).as_py() or 0)
+    try:
+        return len(array) * int(kind.bit_width) // 8
+    except ValueError:
+        return len(str(array.to_pylist()))
