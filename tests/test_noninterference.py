@@ -19,7 +19,7 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import HealthCheck, Phase, example, given, note, settings
 from hypothesis import strategies as st
 
 from headrace.errors import Forbidden, NotFound
@@ -109,6 +109,7 @@ CONDITIONS = st.recursive(
 )  # fmt: skip
 _EACH = ["null", "constant:x", "hash", "hash:shared"]
 MASKS = {
+    "k": ["null", "hash", "last:2"],
     "n": [*_EACH, "last:4", "bucket:100", "month"],
     "f": [*_EACH, "last:2", "bucket:0.5"],
     "s": [*_EACH, "last:4", "redact", "redact:email,phone", "month", "bucket:3"],
@@ -292,6 +293,9 @@ def check(case: Case, folder: Path) -> None:
             twin.close()
 
 
+PEOPLE = [Row(f"key{at:08d}", g, "a", at) for at, g in enumerate([1, 5, 2, 3, 2, 0])]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     """Batches and row groups so small that a few rows fill several."""
@@ -309,6 +313,8 @@ def small() -> Iterator[None]:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(cases())
+@example(Case([PEOPLE[:3]], PEOPLE[3:], None, lambda row: True, {"k": "hash", "s": "month"}))
+@example(Case([PEOPLE[:3]], PEOPLE[3:], _FAILING[0], _kept(_beyond), {"o.t": "null", "l": "redact"}))
 def test_nothing_hidden_is_told_or_decides_what_is_told(case: Case) -> None:
     note(f"filter {case.row_filter}, masks {case.masks}, rows {[len(part) for part in case.files]}+{len(case.tail)}")
     with tempfile.TemporaryDirectory(prefix="headrace-twins-") as folder:
