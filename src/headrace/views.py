@@ -117,8 +117,11 @@ class Views:
 
     # Views of files
 
-    def totals(self, version: Version, compiled: Compiled) -> Totals:
-        """The sizes of ``version`` under a policy; makes the views that are missing. Busy while that takes long."""
+    def totals(self, version: Version, compiled: Compiled, *, patient: bool = True) -> Totals:
+        """The sizes of ``version`` under a policy; makes the views that are missing. Busy while that takes long.
+
+        Unless ``patient`` that is at once.
+        """
         key = (version.dataset, version.version, compiled.key)
         with self._lock:
             if key in self._totals:
@@ -126,7 +129,7 @@ class Views:
                 return self._totals[key]
         found = self.book.totals(compiled.key, version.dataset, version.version)
         if found is None:
-            self._prepare(key, version, compiled)
+            self._prepare(key, version, compiled, number("views_wait_s") if patient else 0.0)
             found = self.book.totals(compiled.key, version.dataset, version.version)
         if found is None:
             raise Busy("what a policy shows of this version changes", hint="retry", details={"retry_after": 1})
@@ -136,7 +139,7 @@ class Views:
                 self._totals.popitem(last=False)
         return found
 
-    def _prepare(self, key: tuple[str, int, str], version: Version, compiled: Compiled) -> None:
+    def _prepare(self, key: tuple[str, int, str], version: Version, compiled: Compiled, seconds: float) -> None:
         with self._lock:
             job = self._jobs.get(key)
             if job is None:
@@ -149,7 +152,7 @@ class Views:
         ended = False
         if self._waiting.acquire(blocking=False):
             try:
-                ended = job.ended.wait(number("views_wait_s"))
+                ended = job.ended.wait(seconds)
             finally:
                 self._waiting.release()
         if not ended and not job.ended.is_set():
@@ -216,6 +219,8 @@ class Seen:
 
     def __init__(self, root: Root, catalog: Catalog, views: Views, found: Effective) -> None:
         self._root, self._catalog, self._views, self._policy = root, catalog, views, found
+        self.patient = True
+        """Whether to wait for views that are being made."""
 
     def compile(self, schema: pa.Schema) -> Compiled:
         """The policy for rows of ``schema``."""
@@ -228,7 +233,7 @@ class Seen:
     def _shown(self, version: Version) -> Version:
         """A version without what its making tells: counts, fitted values, inputs, recipe."""
         compiled = self._compiled(version)
-        found = self._views.totals(version, compiled)
+        found = self._views.totals(version, compiled, patient=self.patient)
         return replace(
             version,
             rows=found.rows,
